@@ -1,0 +1,43 @@
+# make demo   prefill here, decode there, on the built-in model; writes demo.json and report.html
+# make test   the whole test suite
+# make check  lint, format, types, import rule, sizes
+# Each does all the set-up it needs in .venv; a second run reuses it.
+
+PYTHON ?= python3
+# Pinned, and a variable: name a CPU-only build, another version or a local wheel here.
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STAMP := .venv/set-up
+TINY := $(shell find kvprism-tiny -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
+
+.PHONY: setup demo test check clean
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/kvprism demo --json demo.json --report report.html
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	scripts/check
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -f demo.json report.html
+
+# torch goes first, and its pin is repeated, so that no later requirement can replace it.
+# kvprism-tiny comes from this repository: named beside the package, no index is asked for it.
+$(STAMP): pyproject.toml $(TINY) scripts/requirements
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvprism needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	@test -x $(BIN)/pip || { echo "==> creating .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "==> installing $(TORCH) (the largest download; once)"
+	@$(PIP) "$(TORCH)"
+	@echo "==> installing kvprism, kvprism-tiny and the test and lint tools"
+	@$(BIN)/python scripts/requirements test lint > .venv/requirements.txt
+	@$(PIP) "$(TORCH)" --editable '.[demo]' ./kvprism-tiny --requirement .venv/requirements.txt
+	@touch $@
+	@echo "==> set-up complete"

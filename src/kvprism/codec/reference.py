@@ -1,0 +1,198 @@
+"""The definition of the codes, in plain torch; every faster backend matches it bit for bit.
+
+`kvp.nested/1` (docs/format.md, "Planes of the codecs"), per (head, token) row x of a component:
+1. s = absmax(x) / 119 in float32, rounded *up* to float16; 0 only for an all-zero row.
+2. q = round_half_even(float32(x * (1 / s))) in [-119, 119].
+3. u = q + 8; anchor a = u >> 4 in [-7, 7], residual r = u & 15.
+4. INT8 decodes to q * s = (16 a + r - 8) * s, INT4 to (16 a - 1/2) * s: the mean over r, so unbiased.
+
+`kvp.absmax/1` is the papers' code (SpectrumKV section 3: scale = absmax / qmax, qmax 127 or 7).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvprism.core import DROP_CODEC, NATIVE_CODEC, NESTED_CODEC, Tier
+from kvprism.errors import CodecError
+from kvprism.layout import Plane, TierArray, rows_in
+
+NESTED_LEVELS = 119
+FLOAT16_MAX = 65504.0
+_ANCHOR_SHIFT, _RESIDUAL_MASK, _BIAS = 4, 15, 8
+
+
+def quantisable(x: torch.Tensor, menu: Sequence[Tier]) -> NDArray[np.bool_]:
+    """`[head, token]`: rows that a quantised tier may hold (finite, scale within float16)."""
+    fewest_levels = NESTED_LEVELS if quantised_codec(menu) == NESTED_CODEC else 7
+    absmax = x.abs().amax(dim=-1).float()
+    fits: NDArray[np.bool_] = (absmax / fewest_levels <= FLOAT16_MAX).numpy()
+    return fits
+
+
+def encode_into(
+    x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier], planes: Mapping[Plane, memoryview]
+) -> None:
+    """Write every plane of one block.
+
+    x: `[head, token, channel]`; tier_of: uint8 `[head, token]`; planes: writable buffers of exactly
+    the sizes that `layout.plane_nbytes` gives.
+
+    Raises:
+        CodecError: a non-finite value or a scale beyond float16 in a quantised tier.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if Plane.NATIVE in planes:
+        _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
+    if Plane.SCALE not in planes:
+        return
+    _refuse_unquantisable(x, tier_of, menu)
+    chosen = _rows(Plane.SCALE, tier_of, menu)
+    bits = _bits(tier_of, menu)[chosen]
+    if quantised_codec(menu) == NESTED_CODEC:
+        _encode_nested(rows[chosen].float(), bits, planes)
+    else:
+        _encode_absmax(rows[chosen].float(), bits, planes)
+
+
+def decode_into(
+    planes: Mapping[Plane, memoryview], tier_of: TierArray, menu: Sequence[Tier], out: torch.Tensor
+) -> None:
+    """Restore every row of one block that was not dropped into `out` `[head, token, channel]`.
+
+    Rows of dropped tokens are left as they are.
+
+    Raises:
+        CodecError: a scale that is negative or not finite.
+    """
+    rows = out.view(-1, out.shape[-1])
+    channels = out.shape[-1]
+    if Plane.NATIVE in planes:
+        native = _read(planes[Plane.NATIVE], out.dtype).view(-1, channels)
+        rows[_rows(Plane.NATIVE, tier_of, menu)] = native
+    if Plane.SCALE not in planes:
+        return
+    chosen = _rows(Plane.SCALE, tier_of, menu)
+    bits = _bits(tier_of, menu)[chosen]
+    scale = _read(planes[Plane.SCALE], torch.float16).float()[:, None]
+    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise CodecError(
+            "a scale is negative or not finite: the planes were not made by this codec"
+        )
+    decode = _decode_nested if quantised_codec(menu) == NESTED_CODEC else _decode_absmax
+    rows[chosen] = (decode(planes, bits, channels) * scale).to(out.dtype)
+
+
+def quantised_codec(menu: Sequence[Tier]) -> str:
+    """The one quantised codec of a menu."""
+    return next(t.codec for t in menu if t.codec not in (NATIVE_CODEC, DROP_CODEC))
+
+
+def nested_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """float32 absmax -> float16 absmax / 119, rounded up, so that every code stays in [-119, 119]."""
+    return _round_up(absmax / NESTED_LEVELS)
+
+
+def nested_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 rows and their float16 scales -> integer codes in [-119, 119]."""
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    return torch.round(x * inverse[:, None]).to(torch.int16)
+
+
+def _encode_nested(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, memoryview]) -> None:
+    scale = nested_scale(x.abs().amax(dim=-1))
+    biased = nested_codes(x, scale) + _BIAS
+    _write(planes[Plane.SCALE], scale)
+    _write(planes[Plane.ANCHOR], _pack_nibbles(biased >> _ANCHOR_SHIFT))
+    if Plane.RESIDUAL in planes:
+        _write(planes[Plane.RESIDUAL], _pack_nibbles(biased[bits == 8] & _RESIDUAL_MASK))
+
+
+def _decode_nested(
+    planes: Mapping[Plane, memoryview], bits: torch.Tensor, channels: int
+) -> torch.Tensor:
+    anchor = _unpack_nibbles(_read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2))
+    codes = _signed(anchor).float() * 16 - 0.5
+    if Plane.RESIDUAL in planes:
+        residual = _unpack_nibbles(
+            _read(planes[Plane.RESIDUAL], torch.uint8).view(-1, channels // 2)
+        )
+        codes[bits == 8] += residual.float() - (_BIAS - 0.5)
+    return codes
+
+
+def _encode_absmax(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, memoryview]) -> None:
+    levels = torch.where(bits == 8, 127.0, 7.0)
+    scale = (x.abs().amax(dim=-1) / levels).to(torch.float16)
+    # A float16 scale rounded to zero would lose a non-zero row: the smallest positive one keeps it.
+    scale = torch.where((scale == 0) & (x != 0).any(dim=-1), 2.0**-24, scale.float()).half()
+    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    codes = torch.round(x * inverse[:, None]).clamp(-levels[:, None], levels[:, None])
+    codes = codes.to(torch.int8)
+    _write(planes[Plane.SCALE], scale)
+    if Plane.ANCHOR in planes:
+        _write(planes[Plane.ANCHOR], _pack_nibbles(codes[bits == 4]))
+    if Plane.BYTE in planes:
+        _write(planes[Plane.BYTE], codes[bits == 8])
+
+
+def _decode_absmax(
+    planes: Mapping[Plane, memoryview], bits: torch.Tensor, channels: int
+) -> torch.Tensor:
+    codes = torch.empty(len(bits), channels)
+    if Plane.ANCHOR in planes:
+        anchor = _read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2)
+        codes[bits == 4] = _signed(_unpack_nibbles(anchor)).float()
+    if Plane.BYTE in planes:
+        codes[bits == 8] = _read(planes[Plane.BYTE], torch.int8).view(-1, channels).float()
+    return codes
+
+
+def _round_up(x: torch.Tensor) -> torch.Tensor:
+    nearest = x.to(torch.float16)
+    # Positive float16 bit patterns are ordered like the numbers: plus one is the next one up.
+    above = (nearest.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(nearest.float() < x, above, nearest)
+
+
+def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    low, high = codes.chunk(2, dim=-1)
+    return ((low & 15) | ((high & 15) << 4)).to(torch.uint8)
+
+
+def _unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    return torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8)
+
+
+def _signed(nibble: torch.Tensor) -> torch.Tensor:
+    return (nibble ^ 8) - 8
+
+
+def _rows(plane: Plane, tier_of: TierArray, menu: Sequence[Tier]) -> torch.Tensor:
+    return torch.from_numpy(rows_in(plane, tier_of, menu).reshape(-1))
+
+
+def _bits(tier_of: TierArray, menu: Sequence[Tier]) -> torch.Tensor:
+    return torch.from_numpy(np.array([tier.bits for tier in menu], np.uint8)[tier_of].reshape(-1))
+
+
+def _write(buffer: memoryview, x: torch.Tensor) -> None:
+    np.frombuffer(buffer, np.uint8)[:] = x.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    # A copy, because torch cannot promise to leave a read-only buffer alone.
+    return torch.from_numpy(np.frombuffer(buffer, np.uint8).copy()).view(dtype)
+
+
+def _refuse_unquantisable(x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier]) -> None:
+    bad = rows_in(Plane.SCALE, tier_of, menu) & ~quantisable(x, menu)
+    if bad.any():
+        head, token = np.argwhere(bad)[0]
+        tier = menu[tier_of[head, token]]
+        raise CodecError(
+            f"head {head} token {token} has a value that tier {tier.name!r} cannot hold (not finite, "
+            f"or a scale beyond float16); plan it as native"
+        )

@@ -1,0 +1,121 @@
+"""`kvprism doctor`: is this installation able to do the main job, and how fast is its codec?"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvprism.codec.reference import encode_into
+from kvprism.commands import console
+from kvprism.core import MENU
+from kvprism.errors import KVPrismError
+from kvprism.integrations import tiny
+from kvprism.layout import plane_nbytes
+from kvprism.pipeline import Receiver, Sender
+from kvprism.transport.token import create_token, load_token
+
+Finding = dict[str, str]
+
+
+def examine() -> list[Finding]:
+    """Run every check; each finding has a name, a state (ok, missing, broken) and a detail."""
+    checks: list[tuple[str, Callable[[], tuple[str, str]]]] = [
+        ("python", lambda: ("ok", platform.python_version())),
+        ("torch", lambda: ("ok", f"{torch.__version__}, {torch.get_num_threads()} threads")),
+        ("transformers", _transformers),
+        ("built-in models", _models),
+        ("token file", _token_file),
+        ("loopback transfer", _loopback),
+        ("codec speed", _codec_speed),
+        ("report", lambda: _optional("matplotlib", "report")),
+    ]
+    return [_finding(name, check) for name, check in checks]
+
+
+def show_findings(findings: list[Finding]) -> None:
+    """Print the findings as a table."""
+    rows = [[f["name"], f["state"], f["detail"]] for f in findings]
+    console.table("kvprism doctor", ["check", "state", "detail"], rows, words=True)
+
+
+def _finding(name: str, check: Callable[[], tuple[str, str]]) -> Finding:
+    try:
+        state, detail = check()
+    except KVPrismError as error:
+        state, detail = "broken", f"{type(error).__name__}: {error}"
+    return {"name": name, "state": state, "detail": detail}
+
+
+def _optional(module: str, extra: str) -> tuple[str, str]:
+    if importlib.util.find_spec(module) is None:
+        return "missing", f"pip install 'kvprism[{extra}]'"
+    return "ok", f"{module} {importlib.metadata.version(module)}"
+
+
+def _transformers() -> tuple[str, str]:
+    state, detail = _optional("transformers", "hf")
+    if state == "ok":
+        major, minor = (
+            int(part) for part in importlib.metadata.version("transformers").split(".")[:2]
+        )
+        if not (5, 16) <= (major, minor) < (6, 0):
+            return "broken", f"{detail}: kvprism needs >= 5.16, < 6"
+    return state, detail
+
+
+def _models() -> tuple[str, str]:
+    names = tiny.names()
+    return ("ok", ", ".join(names)) if names else ("missing", "pip install 'kvprism[demo]'")
+
+
+def _token_file() -> tuple[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "token"
+        same = create_token(path) == load_token(path)
+    return ("ok", "created with mode 0600") if same else ("broken", "read back differently")
+
+
+def _loopback() -> tuple[str, str]:
+    """Both ends of a handshake in one process: the receiver answers from a thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kvprism.errors import PeerSilent
+
+    token = bytes(32)
+    with Receiver(token) as receiver, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(receiver.receive, 0.5)
+        started = time.perf_counter()
+        with Sender(receiver.address, token):
+            handshake_ms = 1000 * (time.perf_counter() - started)
+        silent = isinstance(waiting.exception(), PeerSilent)
+    return ("ok" if silent else "broken"), f"handshake in {handshake_ms:.1f} ms"
+
+
+def _codec_speed() -> tuple[str, str]:
+    x = torch.randn(8, 32768, 128, dtype=torch.bfloat16)
+    tiers = np.full(x.shape[:2], 2, np.uint8)
+    sizes = plane_nbytes(tiers, MENU, x.shape[2], x.element_size())
+    planes = {plane: memoryview(bytearray(size)) for plane, size in sizes.items()}
+    target = torch.empty_like(x)
+    encode_s = _best_s(lambda: encode_into(x, tiers, MENU, planes))
+    copy_s = _best_s(lambda: target.copy_(x))
+    nbytes = x.numel() * x.element_size()
+    return "ok", (
+        f"INT4 encode {nbytes / encode_s / 1e9:.2f} GB/s (torch reference), memory copy "
+        f"{nbytes / copy_s / 1e9:.2f} GB/s"
+    )
+
+
+def _best_s(work: Callable[[], object], repeats: int = 3) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,218 @@
+"""The nouns that every room shares: shapes, tiers, budgets, capabilities. No torch here.
+
+Axis order everywhere is `[head, token, channel]`; sizes are bytes; fractions are of the *reference*,
+which is the same cache at 16 bits per value.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from kvprism.errors import BadInput, ShapeMismatch
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+REFERENCE_ITEMSIZE = 2
+MAX_MENU = 16
+
+NATIVE_CODEC = "kvp.native/1"
+DROP_CODEC = "kvp.drop/1"
+NESTED_CODEC = "kvp.nested/1"
+ABSMAX_CODEC = "kvp.absmax/1"
+
+
+class ComponentShape(NamedTuple):
+    """One named tensor of a layer's cache: `k` and `v` in dense attention."""
+
+    name: str
+    heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer of one request holds: components over the tokens `[start, stop)`.
+
+    Raises:
+        BadInput: empty or negative ranges, odd channel counts, an unknown dtype.
+    """
+
+    layer_id: int
+    components: tuple[ComponentShape, ...]
+    token_range: tuple[int, int]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        start, stop = self.token_range
+        if self.layer_id < 0 or not 0 <= start < stop:
+            raise BadInput(f"layer {self.layer_id}: token range [{start}, {stop}) holds no token")
+        if self.dtype not in ITEMSIZE:
+            raise BadInput(
+                f"layer {self.layer_id}: dtype {self.dtype!r} is not in {list(ITEMSIZE)}"
+            )
+        if not self.components or len({c.name for c in self.components}) != len(self.components):
+            raise BadInput(
+                f"layer {self.layer_id}: components must be named once, got {self.components}"
+            )
+        for name, heads, channels in self.components:
+            if heads < 1 or channels < 2 or channels % 2:
+                raise BadInput(
+                    f"layer {self.layer_id} component {name!r}: needs at least one head and an even "
+                    f"number of channels, got {heads} heads of {channels}"
+                )
+
+    @property
+    def n_tokens(self) -> int:
+        return self.token_range[1] - self.token_range[0]
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def n_values(self) -> int:
+        return self.n_tokens * sum(c.heads * c.channels for c in self.components)
+
+    @property
+    def reference_nbytes(self) -> int:
+        return self.n_values * REFERENCE_ITEMSIZE
+
+    @property
+    def native_nbytes(self) -> int:
+        return self.n_values * self.itemsize
+
+    def component(self, name: str) -> ComponentShape:
+        """The component called `name`; `ShapeMismatch` when this layer has none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise ShapeMismatch(f"layer {self.layer_id} has {self.components}, not {name!r}")
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """The whole cache of one request, layer by layer in ascending `layer_id`.
+
+    Example:
+        >>> KVShape.dense(layers=4, heads=2, channels=64, tokens=2048).reference_nbytes
+        4194304
+    """
+
+    layers: tuple[LayerShape, ...]
+
+    def __post_init__(self) -> None:
+        ids = [layer.layer_id for layer in self.layers]
+        if not ids or ids != sorted(set(ids)):
+            raise BadInput(f"layers must be named once, in ascending order, got {ids}")
+
+    @classmethod
+    def dense(
+        cls, *, layers: int, heads: int, channels: int, tokens: int, dtype: str = "bfloat16"
+    ) -> "KVShape":
+        """Equal layers of keys and values over `[0, tokens)`."""
+        components = (ComponentShape("k", heads, channels), ComponentShape("v", heads, channels))
+        return cls(tuple(LayerShape(i, components, (0, tokens), dtype) for i in range(layers)))
+
+    @property
+    def reference_nbytes(self) -> int:
+        return sum(layer.reference_nbytes for layer in self.layers)
+
+    @property
+    def native_nbytes(self) -> int:
+        return sum(layer.native_nbytes for layer in self.layers)
+
+    @property
+    def next_position(self) -> int:
+        """The true position of the next token: the original length, not the kept length."""
+        return max(layer.token_range[1] for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One precision that a (component, head, token) row may take on the wire.
+
+    `bits` is nominal (16 stands for the cache's own dtype); the exact bytes of a row are
+    `kvprism.layout.row_nbytes`.
+    """
+
+    name: str
+    codec: str
+    bits: int
+
+
+NATIVE = Tier("native", NATIVE_CODEC, 16)
+INT8 = Tier("int8", NESTED_CODEC, 8)
+INT4 = Tier("int4", NESTED_CODEC, 4)
+DROP = Tier("drop", DROP_CODEC, 0)
+MENU = (NATIVE, INT8, INT4, DROP)
+PUBLISHED_MENU = (NATIVE, Tier("int8", ABSMAX_CODEC, 8), Tier("int4", ABSMAX_CODEC, 4), DROP)
+MENUS = {"nested": MENU, "published": PUBLISHED_MENU}
+
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A cap on *all* wire bytes of one request.
+
+    Raises:
+        BadInput: not a positive number of bytes.
+    """
+
+    nbytes: int
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 1:
+            raise BadInput(f"a budget must be at least 1 byte, got {self.nbytes}")
+
+    @classmethod
+    def parse(cls, text: "str | float | Budget", shape: KVShape) -> "Budget":
+        """Convert `0.30`, `30%` (of the 16-bit reference), `512MiB` or `512tok` (tokens at 16 bits) once.
+
+        Example:
+            >>> Budget.parse("25%", KVShape.dense(layers=1, heads=1, channels=64, tokens=16)).nbytes
+            1024
+        """
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(
+            r"\s*([0-9]*\.?[0-9]+)\s*(%|tok|[kmg]?i?b)?\s*", str(text), re.IGNORECASE
+        )
+        if match is None:
+            raise BadInput(f"budget {text!r} is none of 0.30, 30%, 512MiB, 512tok")
+        number, unit = float(match[1]), (match[2] or "").lower()
+        if unit in _UNITS:
+            return cls(int(number * _UNITS[unit]))
+        if unit == "tok":
+            return cls(sum(int(la.reference_nbytes * number / la.n_tokens) for la in shape.layers))
+        return cls(int(shape.reference_nbytes * (number / 100 if unit == "%" else number)))
+
+    def split(self, weights: Sequence[float]) -> "tuple[Budget, ...]":
+        """Shares in proportion to `weights` that sum exactly to this budget (largest remainder)."""
+        total = sum(weights)
+        if total <= 0 or min(weights) < 0:
+            raise BadInput(
+                f"budget weights must be non-negative and not all zero, got {list(weights)}"
+            )
+        exact = [self.nbytes * weight / total for weight in weights]
+        shares = [int(share) for share in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
+        for i in by_remainder[: self.nbytes - sum(shares)]:
+            shares[i] += 1
+        return tuple(Budget(share) for share in shares)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What the receiver can hold: solvers obey it, and the handshake compares it.
+
+    `drop`: `none` (paged attention has no missing token), `uniform` (the same tokens for all heads of
+    a layer), `per_head`. `block`: tokens come in multiples of this.
+    """
+
+    drop: Literal["none", "uniform", "per_head"] = "uniform"
+    codecs: tuple[str, ...] = (NATIVE_CODEC, DROP_CODEC, NESTED_CODEC, ABSMAX_CODEC)
+    block: int = 1
+
+    def allows(self, tier: Tier) -> bool:
+        return tier.codec in self.codecs and not (tier.codec == DROP_CODEC and self.drop == "none")

@@ -1,0 +1,1 @@
+"""Quality as it will be used: task -> records, one per document and arm -> rows, comparisons."""

@@ -1,0 +1,95 @@
+"""The arms of a table: policies at budgets, and a cache through the wire under one of them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from kvprism.codec.stream import decode, encode
+from kvprism.core import Budget, KVShape
+from kvprism.errors import BadInput
+from kvprism.plans import Plan
+from kvprism.policies import DEFAULT_OPTIONS, POLICIES, PlanOptions, plan
+from kvprism.tensors import LayerView, RequestKV
+
+RAW = "raw"
+_ANY_SHAPE = KVShape.dense(layers=1, heads=1, channels=2**20, tokens=2**10)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One column of a table: a policy at a budget (none for the fixed-rate policies).
+
+    Raises:
+        UnknownName: no such policy.
+        BadInput: a budget where none belongs, or none where one does.
+    """
+
+    policy: str
+    budget: float | str | None = None
+    options: PlanOptions = DEFAULT_OPTIONS
+
+    def __post_init__(self) -> None:
+        if self.fixed_rate != (self.budget is None):
+            needs = "takes no" if self.fixed_rate else "needs a"
+            raise BadInput(f"policy {self.policy!r} {needs} budget, got {self.budget}")
+
+    @property
+    def fixed_rate(self) -> bool:
+        """Whether the policy has one size and ignores budgets."""
+        return not POLICIES[self.policy].budgeted
+
+    def for_document(self, document: int) -> "Arm":
+        """The same arm with this document's random order; reproducible from seed and number."""
+        return replace(self, options=replace(self.options, seed=self.options.seed + document))
+
+
+def arms_of(
+    policies: Iterable[str],
+    budgets: Iterable[str | float],
+    options: PlanOptions = DEFAULT_OPTIONS,
+) -> tuple[Arm, ...]:
+    """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
+
+    Raises:
+        UnknownName: no such policy or codec.
+        BadInput: a budgeted policy and no budget, or a budget that is none.
+    """
+    wanted = [policy_budget(budget) for budget in budgets]
+    arms = [Arm(RAW, None, options)]
+    for policy in policies:
+        if POLICIES[policy].budgeted and not wanted:
+            raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
+        for budget in wanted if POLICIES[policy].budgeted else [None]:
+            arms.append(Arm(policy, budget, options))
+    assert options.menu
+    return tuple(dict.fromkeys(arms))
+
+
+def policy_budget(text: str | float) -> float | str:
+    """`0.30` and `30%` as the fraction that they are; sizes such as `512MiB` as they were written.
+
+    Raises:
+        BadInput: none of these.
+
+    Example:
+        >>> policy_budget("30%"), policy_budget("0.3"), policy_budget(" 512MiB ")
+        (0.3, 0.3, '512MiB')
+    """
+    Budget.parse(text, _ANY_SHAPE)  # refuses what is no budget before anything is measured
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(text))
+    if match is None:
+        return str(text).strip()
+    return round(float(match[1]) / (100 if match[2] else 1), 12)
+
+
+def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tuple[RequestKV, Plan]:
+    """Plan, encode and decode: what the decode side would hold, and what it cost.
+
+    Raises:
+        BudgetTooSmall: nothing legal fits this arm's budget.
+        MissingSignal, CodecError: see `plan` and `encode`.
+    """
+    chosen = plan(view, arm.policy, arm.budget, options=arm.options)
+    blob = encode(kv, chosen)
+    assert len(blob) == chosen.nbytes, (arm, len(blob), chosen.nbytes)
+    return decode(blob), chosen

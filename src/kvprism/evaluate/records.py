@@ -1,0 +1,211 @@
+"""Records: what was measured, one per (document, arm), kept as it is measured and resumable.
+
+A record file is JSON lines: a header that says what is measured, then records. Rows and comparisons
+are computed from records, never from rows.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from kvprism.errors import BadInput, BudgetTooSmall
+from kvprism.evaluate.arms import Arm
+from kvprism.evaluate.measure import Outcome
+from kvprism.evaluate.rows import Provenance, replace_file
+
+FORMAT = "kvprism-records/1"
+Progress = Callable[[int, int], None]
+
+
+class ArmKey(NamedTuple):
+    """What tells two arms of one run apart."""
+
+    policy: str
+    budget: float | str | None
+    codec: str
+    importance: str
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What one arm did to one document; a reason instead where the budget is too small.
+
+    document: unique within the run; length: context tokens; distractors: null outside needle tests.
+    """
+
+    document: str
+    length: int
+    distractors: int | None
+    arm: ArmKey
+    outcome: Outcome | None
+    reason: str | None
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What a record file holds: the task, its configuration, and the code that measured it.
+
+    digest: SHA-256 over the other fields, which are all that the figures depend on.
+    """
+
+    format: str
+    digest: str
+    task: str
+    model: str
+    seed: int
+    configuration: dict[str, Any]
+    provenance: Provenance
+
+
+class Records(NamedTuple):
+    """A header and its records, in the order in which they were measured."""
+
+    header: Header
+    records: list[Record]
+
+
+class Task(Protocol):
+    """Something to measure: named documents, and every arm on each of them."""
+
+    @property
+    def header(self) -> Header: ...
+
+    @property
+    def arms(self) -> Sequence[Arm]: ...
+
+    @property
+    def documents(self) -> Sequence[str]: ...
+
+    def records(self, skip: Collection[str] = ()) -> Iterator[Record]:
+        """One record per (document, arm), document by document, without those in `skip`."""
+        ...
+
+
+def header_of(task: str, model: str, seed: int, configuration: Any, found: Provenance) -> Header:
+    """A header with its digest; `configuration`: plain values in dataclasses, dicts and tuples."""
+    fields = {
+        "format": FORMAT,
+        "task": task,
+        "model": model,
+        "seed": seed,
+        "configuration": msgspec.to_builtins(configuration, order="deterministic"),
+        "provenance": found,
+    }
+    encoded = msgspec.json.encode(fields, order="deterministic")
+    return Header(**fields, digest=hashlib.sha256(encoded).hexdigest())
+
+
+def key_of(arm: Arm) -> ArmKey:
+    """The arm as records name it."""
+    return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance)
+
+
+def record_of(
+    document: str, length: int, distractors: int | None, arm: Arm, found: Outcome | BudgetTooSmall
+) -> Record:
+    """Label what `measure` yielded."""
+    infeasible = isinstance(found, BudgetTooSmall)
+    return Record(
+        document=document,
+        length=length,
+        distractors=distractors,
+        arm=key_of(arm),
+        outcome=None if isinstance(found, BudgetTooSmall) else found,
+        reason=str(found) if infeasible else None,
+    )
+
+
+def collect(task: Task, path: Path | None = None, on_progress: Progress | None = None) -> Records:
+    """Measure what `path` does not hold yet, appending every record as it is measured.
+
+    on_progress: called with (records so far, all records). Documents of which an arm is missing are
+    measured again; without a path nothing is kept.
+
+    Raises:
+        BadInput: `path` is something else, or the records of another configuration or version.
+    """
+    header = task.header
+    kept = [] if path is None else _resume(task, header, path)
+    total = len(task.documents) * len(task.arms)
+    done = {record.document for record in kept}
+    with _appending(path) as append:
+        for record in task.records(skip=done):
+            append(record)
+            kept.append(record)
+            if on_progress is not None:
+                on_progress(len(kept), total)
+    return Records(header, kept)
+
+
+def load_records(path: Path) -> Records:
+    """The records of a file, finished or not; a last line that was cut short is left out.
+
+    Raises:
+        BadInput: no record file, or a damaged one.
+    """
+    try:
+        first, *lines = path.read_bytes().split(b"\n")
+        header = msgspec.json.decode(first, type=Header)
+        # What follows the last line end is empty, or a record that was being written.
+        records = [msgspec.json.decode(line, type=Record) for line in lines[:-1]]
+    except (OSError, msgspec.DecodeError) as error:
+        raise BadInput(f"{path} is not a file of kvprism evaluation records: {error}") from error
+    if header.format != FORMAT:
+        raise BadInput(f"{path} is of format {header.format!r}, expected {FORMAT!r}")
+    return Records(header, records)
+
+
+def _resume(task: Task, header: Header, path: Path) -> list[Record]:
+    """The records of complete documents, rewritten so that the file holds nothing else."""
+    found: list[Record] = []
+    if path.exists():
+        stored, found = load_records(path)
+        if stored.digest != header.digest:
+            raise BadInput(
+                f"{path} holds records of another run ({_differences(stored, header)}); name "
+                "another file, remove this one, or repeat the run with its own settings"
+            )
+    arms = {key_of(arm) for arm in task.arms}
+    seen: dict[str, set[ArmKey]] = {}
+    for record in found:
+        seen.setdefault(record.document, set()).add(record.arm)
+    kept = [record for record in found if seen[record.document] == arms]
+    lines = [msgspec.json.encode(item) for item in (header, *kept)]
+    replace_file(path, b"\n".join([*lines, b""]))
+    return kept
+
+
+def _differences(stored: Header, header: Header) -> str:
+    """Names and both values of the settings that differ, long values cut."""
+    theirs, ours = (_settings(one) for one in (stored, header))
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    return "; ".join(
+        f"{name}: {theirs.get(name)!s:.80}, now {ours.get(name)!s:.80}" for name in names
+    )
+
+
+def _settings(header: Header) -> dict[str, Any]:
+    return {
+        "task": header.task,
+        "model": header.model,
+        "seed": header.seed,
+        **header.configuration,
+        "commit": header.provenance.commit,
+        "versions": header.provenance.versions,
+    }
+
+
+@contextmanager
+def _appending(path: Path | None) -> Iterator[Callable[[Record], None]]:
+    if path is None:
+        yield lambda record: None
+        return
+    with path.open("ab") as file:
+
+        def append(record: Record) -> None:
+            file.write(msgspec.json.encode(record) + b"\n")
+            file.flush()
+
+        yield append

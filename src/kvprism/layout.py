@@ -1,0 +1,237 @@
+"""Which bytes a tier map stands for: planes, rows, maps and exact sizes. numpy only.
+
+A block (one component of one layer over a head range and a token range) is laid out as planes. Each
+plane holds one row per (head, token) whose tier uses it, head-major; a dropped token has no row.
+`docs/format.md` says the same for strangers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvprism.core import (
+    ABSMAX_CODEC,
+    DROP_CODEC,
+    MAX_MENU,
+    NATIVE_CODEC,
+    NESTED_CODEC,
+    Tier,
+)
+from kvprism.errors import BadInput, ProtocolViolation, Unsupported
+from kvprism.wire.messages import TierMap
+
+TierArray = NDArray[np.uint8]
+UNIFORM, PACKED, INDEX_LIST = 0, 1, 2
+
+
+class Plane(IntEnum):
+    """One uniform array of rows; the names are those of `docs/format.md`."""
+
+    NATIVE = 0
+    SCALE = 1
+    ANCHOR = 2
+    RESIDUAL = 3
+    BYTE = 4
+
+
+PLANES: Mapping[tuple[str, int], tuple[Plane, ...]] = {
+    (NATIVE_CODEC, 16): (Plane.NATIVE,),
+    (DROP_CODEC, 0): (),
+    (NESTED_CODEC, 8): (Plane.SCALE, Plane.ANCHOR, Plane.RESIDUAL),
+    (NESTED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (ABSMAX_CODEC, 8): (Plane.SCALE, Plane.BYTE),
+    (ABSMAX_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+}
+
+
+def plane_row_nbytes(plane: Plane, channels: int, itemsize: int) -> int:
+    """Bytes of one row of `plane`."""
+    return {
+        Plane.NATIVE: channels * itemsize,
+        Plane.SCALE: 2,
+        Plane.ANCHOR: channels // 2,
+        Plane.RESIDUAL: channels // 2,
+        Plane.BYTE: channels,
+    }[plane]
+
+
+def planes_of(tier: Tier) -> tuple[Plane, ...]:
+    """The planes that a row of this tier stands in; `Unsupported` for a code that is not built."""
+    if (tier.codec, tier.bits) not in PLANES:
+        raise Unsupported(
+            f"tier {tier.name!r}: codec {tier.codec} at {tier.bits} bits is not built"
+        )
+    return PLANES[tier.codec, tier.bits]
+
+
+def row_nbytes(tier: Tier, channels: int, itemsize: int) -> int:
+    """Exact payload bytes of one (head, token) row, scale included."""
+    return sum(plane_row_nbytes(plane, channels, itemsize) for plane in planes_of(tier))
+
+
+def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
+    """Refuse a menu that is too long, mixes two quantised codecs, or pays more than native.
+
+    Raises:
+        BadInput: any of these.
+        Unsupported: a tier that is not built.
+    """
+    if not 1 <= len(menu) <= MAX_MENU:
+        raise BadInput(f"a menu has 1 to {MAX_MENU} tiers, got {len(menu)}")
+    quantised = [tier for tier in menu if tier.codec not in (NATIVE_CODEC, DROP_CODEC)]
+    if len({tier.codec for tier in quantised}) > 1:
+        raise BadInput(f"one quantised codec per menu, got {sorted({t.codec for t in quantised})}")
+    native = channels * itemsize
+    for tier in quantised:
+        if row_nbytes(tier, channels, itemsize) >= native:
+            raise BadInput(
+                f"tier {tier.name!r} takes {row_nbytes(tier, channels, itemsize)} bytes for a row of "
+                f"{channels} channels, native takes {native}: use native"
+            )
+
+
+def rows_in(plane: Plane, tier_of: TierArray, menu: Sequence[Tier]) -> NDArray[np.bool_]:
+    """`[head, token]`: which rows of the block stand in `plane`."""
+    uses = np.array([plane in planes_of(tier) for tier in menu])
+    return uses[tier_of]
+
+
+def plane_nbytes(
+    tier_of: TierArray, menu: Sequence[Tier], channels: int, itemsize: int
+) -> dict[Plane, int]:
+    """Bytes of every non-empty plane of a block, in plane order."""
+    counts = np.bincount(tier_of.reshape(-1), minlength=len(menu))
+    sizes = dict.fromkeys(Plane, 0)
+    for tier, count in zip(menu, counts, strict=True):
+        for plane in planes_of(tier):
+            sizes[plane] += int(count) * plane_row_nbytes(plane, channels, itemsize)
+    return {plane: size for plane, size in sizes.items() if size}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a request is cut into manifests: at most `tokens` tokens and `heads` heads each."""
+
+    tokens: int | None = None
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, size in (("tokens", self.tokens), ("heads", self.heads)):
+            if size is not None and size < 1:
+                raise BadInput(f"a split needs at least one of {name}, got {size}")
+
+
+WHOLE = Split()
+
+
+def ranges(start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:
+    """Cut `[start, stop)` into consecutive ranges of at most `size`."""
+    step = size or stop - start
+    for low in range(start, stop, step):
+        yield low, min(low + step, stop)
+
+
+def pack_tier_map(tier_of: TierArray) -> TierMap:
+    """The smallest encoding of a `[head, token]` tier map; ties go to the lower mode, then fewer bits."""
+    shared = bool((tier_of == tier_of[:1]).all())
+    rows = tier_of[:1] if shared else tier_of
+    flat = rows.reshape(-1)
+    counts = np.bincount(flat, minlength=MAX_MENU)
+    palette = np.flatnonzero(counts)
+    if len(palette) == 1:
+        return TierMap(len(rows), UNIFORM, 0, palette.astype(np.uint8).tobytes(), b"")
+    bits = 1 if len(palette) <= 2 else 2 if len(palette) <= 4 else 4
+    by_count = palette[np.argsort(-counts[palette], kind="stable")]
+    if 4 * (len(flat) - counts.max() + len(palette) - 1) < -(-len(flat) * bits // 8):
+        return TierMap(
+            len(rows),
+            INDEX_LIST,
+            0,
+            by_count.astype(np.uint8).tobytes(),
+            _index_list(flat, by_count),
+        )
+    index = np.searchsorted(palette, flat).astype(np.uint8)
+    return TierMap(
+        len(rows), PACKED, bits, palette.astype(np.uint8).tobytes(), _pack_bits(index, bits)
+    )
+
+
+def unpack_tier_map(tier_map: TierMap, heads: int, tokens: int, n_menu: int) -> TierArray:
+    """The `[head, token]` array that a map stands for.
+
+    Raises:
+        ProtocolViolation: a map that does not fit the block or is not well formed.
+    """
+    palette = np.frombuffer(tier_map.palette, np.uint8)
+    _require(tier_map.rows in (1, heads), f"{tier_map.rows} rows for {heads} heads")
+    _require(0 < len(palette) <= MAX_MENU, f"a palette of {len(palette)} tiers")
+    _require(int(palette.max()) < n_menu, f"tier {palette.max()} in a menu of {n_menu}")
+    _require(len(set(tier_map.palette)) == len(palette), "a tier twice in the palette")
+    n = tier_map.rows * tokens
+    if tier_map.mode == UNIFORM:
+        _require(len(palette) == 1 and not tier_map.data, "a uniform map with data")
+        flat = np.full(n, palette[0], np.uint8)
+    elif tier_map.mode == PACKED:
+        flat = palette[_unpack_bits(tier_map.data, tier_map.bits, n, len(palette))]
+    elif tier_map.mode == INDEX_LIST:
+        flat = _from_index_list(tier_map.data, palette, n)
+    else:
+        raise ProtocolViolation(f"tier map mode {tier_map.mode} is none of 0, 1, 2")
+    return np.broadcast_to(flat.reshape(tier_map.rows, tokens), (heads, tokens))
+
+
+def _require(condition: bool, found: str) -> None:
+    if not condition:
+        raise ProtocolViolation(f"malformed tier map: {found}")
+
+
+def _index_list(flat: TierArray, palette: NDArray[np.intp]) -> bytes:
+    parts = []
+    for tier in palette[1:]:
+        where = np.flatnonzero(flat == tier).astype("<u4")
+        parts += [np.array([len(where)], "<u4").tobytes(), where.tobytes()]
+    return b"".join(parts)
+
+
+def _from_index_list(data: bytes, palette: TierArray, n: int) -> TierArray:
+    _require(len(data) % 4 == 0, f"an index list of {len(data)} bytes")
+    words = np.frombuffer(data, "<u4")
+    flat = np.full(n, palette[0], np.uint8)
+    at = 0
+    for tier in palette[1:]:
+        _require(at < len(words), "an index list that ends early")
+        where = words[at + 1 : at + 1 + int(words[at])]
+        _require(len(where) == words[at], "an index list that ends early")
+        _require(bool((np.diff(where.astype(np.int64)) > 0).all()), "indices that do not ascend")
+        _require(not len(where) or int(where[-1]) < n, "an index beyond the block")
+        _require(bool((flat[where] == palette[0]).all()), "an index listed twice")
+        flat[where] = tier
+        at += 1 + len(where)
+    _require(at == len(words), "bytes after the index list")
+    return flat
+
+
+def _pack_bits(index: TierArray, bits: int) -> bytes:
+    per_byte = 8 // bits
+    padded = np.zeros(-(-len(index) // per_byte) * per_byte, np.uint8)
+    padded[: len(index)] = index
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
+    return (
+        np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1)
+        .astype(np.uint8)
+        .tobytes()
+    )
+
+
+def _unpack_bits(data: bytes, bits: int, n: int, n_palette: int) -> TierArray:
+    _require(bits in (1, 2, 4), f"{bits} bits an entry")
+    _require(len(data) == -(-n * bits // 8), f"{len(data)} bytes for {n} entries of {bits} bits")
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    spread = (np.frombuffer(data, np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    index = spread.reshape(-1)
+    _require(not index[n:].any(), "padding bits that are not zero")
+    _require(int(index[:n].max()) < n_palette, "an entry beyond the palette")
+    return index[:n]

@@ -1,0 +1,150 @@
+"""Haystacks: exact lengths, needles where they should be, answers that only the context holds."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kvprism.errors import BadInput
+from kvprism.evaluate.haystack import KEYS, TEMPLATES, NeedleCase, encode, needle_case, sentences
+
+
+def text_of(tokenizer: Any, ids: np.ndarray) -> str:
+    return str(tokenizer.decode(ids.tolist()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny: tuple[Any, Any]) -> Any:
+    return tiny[1]
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer() -> Any:
+    """A tokenizer that joins a space with the digits after it, and has no begin-of-text token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    rng = np.random.default_rng(0)
+    numbers = "".join(f" {rng.integers(10000, 99999)}" for _ in range(3000))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([sentences(rng, 500), numbers], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@pytest.mark.parametrize("distractors", [0, 3])
+@pytest.mark.parametrize("length", [128, 1024, 2048])
+def test_the_context_has_exactly_the_length_asked_for(
+    tokenizer: Any, length: int, distractors: int
+) -> None:
+    case = needle_case(tokenizer, length, 0.5, distractors)
+    assert len(case.context_ids) == length
+    assert case.context_ids[0] == tokenizer.bos_token_id
+    assert (case.context_ids[1:] != tokenizer.bos_token_id).all()
+
+
+@given(depth=st.floats(0, 1), distractors=st.integers(0, 5), seed=st.integers(0, 10**6))
+def test_the_needle_is_there_once_and_its_distractors_beside_it(
+    tiny: tuple[Any, Any], depth: float, distractors: int, seed: int
+) -> None:
+    case = needle_case(tiny[1], 700, depth, distractors, seed)
+    text = text_of(tiny[1], case.context_ids)
+    assert text.count(f"The secret number of {case.key} is {case.value} .") == 1
+    found = re.findall(r"The secret number of (\w+) is (\d{5}) \.", text)
+    assert len(found) == distractors + 1
+    assert {key for key, _ in found} <= set(KEYS)
+    assert len({key for key, _ in found}) == distractors + 1
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
+def test_the_needle_is_at_its_depth(tokenizer: Any, depth: float) -> None:
+    case = needle_case(tokenizer, 2048, depth)
+    text = text_of(tokenizer, case.context_ids)
+    # The nearest sentence end is half a sentence away; a generated one has at most 60 tokens.
+    assert abs(text.index("The secret number") / len(text) - depth) < 60 / 2048
+
+
+def test_needles_stand_between_sentences_or_at_the_very_end(tokenizer: Any) -> None:
+    for seed in range(20):
+        case = needle_case(tokenizer, 512, 0.5, 3, seed)
+        text = text_of(tokenizer, case.context_ids).removeprefix("<|bos|>")
+        parts = re.split(r" The secret number of \w+ is \d{5} \.", text)
+        *inner, last = (part for part in parts[:-1] if part)
+        assert all(part.endswith(".") for part in inner)
+        assert last.endswith(".") or not parts[-1]
+
+
+def test_question_and_answer_continue_the_needles_own_words(tokenizer: Any) -> None:
+    case = needle_case(tokenizer, 256, 0.5)
+    assert text_of(tokenizer, case.question_ids) == f" \n The secret number of {case.key} is "
+    assert [tokenizer.decode([i]) for i in case.answer_ids.tolist()] == list(case.value)
+
+
+def test_the_answer_is_found_where_a_space_joins_the_digits(merging_tokenizer: Any) -> None:
+    for seed in range(20):
+        case = needle_case(merging_tokenizer, 300, 0.5, 1, seed)
+        assert len(case.context_ids) == 300
+        assert text_of(merging_tokenizer, case.answer_ids).strip() == case.value
+        question = text_of(merging_tokenizer, case.question_ids)
+        assert question.rstrip() == f" \n The secret number of {case.key} is"
+        whole = np.concatenate([case.question_ids, case.answer_ids])
+        assert (whole == encode(merging_tokenizer, f"{question.rstrip()} {case.value}")).all()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_every_template_hides_and_asks(tokenizer: Any, template: str) -> None:
+    case = needle_case(tokenizer, 256, 0.5, template=template)
+    text = text_of(tokenizer, case.context_ids)
+    assert template.format(key=case.key, value=case.value) in text
+    assert text_of(tokenizer, case.answer_ids) == case.value
+
+
+def same(a: NeedleCase, b: NeedleCase) -> bool:
+    return (a.key, a.value) == (b.key, b.value) and (a.context_ids == b.context_ids).all()
+
+
+def test_a_seed_gives_the_same_case_again(tokenizer: Any) -> None:
+    assert same(needle_case(tokenizer, 300, 0.5, 2, 5), needle_case(tokenizer, 300, 0.5, 2, 5))
+    assert not same(needle_case(tokenizer, 300, 0.5, 2, 5), needle_case(tokenizer, 300, 0.5, 2, 6))
+
+
+def test_filler_has_no_key_and_no_value() -> None:
+    words = set(sentences(np.random.default_rng(0), 5000).split())
+    assert words.isdisjoint(KEYS)
+    assert not [word for word in words if re.fullmatch(r"\d{5}", word)]
+
+
+def test_filler_hardly_repeats_itself() -> None:
+    lines = sentences(np.random.default_rng(0), 2000).split(" .")
+    assert len(set(lines)) > 0.95 * len(lines)
+
+
+def test_a_text_file_can_be_the_haystack(tokenizer: Any) -> None:
+    text = "".join(f" This is line {i} of another text ." for i in range(400))
+    case = needle_case(tokenizer, 400, 0.5, haystack_ids=encode(tokenizer, text))
+    assert len(case.context_ids) == 400
+    rest = text_of(tokenizer, case.context_ids).removeprefix("<|bos|>")
+    before, after = rest.split(f" The secret number of {case.key} is {case.value} .")
+    assert before in text and after in text
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"depth": 1.5}, "depth must be in"),
+        ({"distractors": 60}, "distractors must be 0 to 59, got 60"),
+        ({"length": 10}, "length 10 holds no text beside 1 needles; at least"),
+        ({"template": " {value} is the number of {key}"}, "then {value}"),
+        ({"haystack_ids": np.arange(50)}, "the haystack has 50 tokens"),
+    ],
+)
+def test_what_cannot_be_hidden_is_refused(
+    tokenizer: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        needle_case(tokenizer, **{"length": 256, "depth": 0.5, **settings})

@@ -1,0 +1,232 @@
+"""Capture, what is refused, shapes, fingerprints and loading, on real transformers models."""
+
+import json
+
+import pytest
+import recompute
+import torch
+import transformers
+from samples import N_PROMPT, tokens
+from transformers import AutoModelForCausalLM
+
+from kvprism.errors import BadInput, ShapeMismatch, Unsupported
+from kvprism.integrations import hf
+from kvprism.tensors import LayerKV, RequestKV
+
+# Capture
+
+
+@pytest.mark.parametrize("window", [1, 32, 1000])
+def test_captured_queries_keys_and_values_equal_an_independent_computation(model, window):
+    inputs = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, i=i: inputs.__setitem__(i, args[0][0]))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    kv, views = hf.capture(model, tokens(N_PROMPT)[0], window=window)
+    for hook in hooks:
+        hook.remove()
+    assert kv.next_position == N_PROMPT and len(views) == len(inputs)
+    for i, (layer, view) in enumerate(zip(kv.layers, views, strict=True)):
+        expected = recompute.queries_keys_values(model, model.model.layers[i], inputs[i])
+        got = (view.queries, layer.components["k"], layer.components["v"])
+        assert view.kv is layer and layer.positions.tolist() == list(range(N_PROMPT))
+        assert view.softmax_scale == layer.components["k"].shape[2] ** -0.5 and view.softcap is None
+        assert view.queries.shape[1] == min(window, N_PROMPT)
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y[:, -x.shape[1] :], atol=1e-4, rtol=1e-5)
+
+
+def test_capturing_twice_gives_the_same_bits(llama):
+    first, second = hf.capture(llama, tokens(N_PROMPT)), hf.capture(llama, tokens(N_PROMPT))
+    for x, y in zip(first[0].layers, second[0].layers, strict=True):
+        assert all(torch.equal(x.components[c], y.components[c]) for c in "kv")
+    for x, y in zip(first[1], second[1], strict=True):
+        assert torch.equal(x.queries, y.queries)
+
+
+def test_the_cache_precision_of_the_prefill_side_is_a_choice_of_its_own(llama):
+    own, _ = hf.capture(llama, tokens(N_PROMPT))
+    half, views = hf.capture(llama, tokens(N_PROMPT), cache_dtype=torch.bfloat16)
+    assert views[0].kv is half.layers[0] and views[0].queries.dtype == torch.float32
+    for x, y in zip(own.layers, half.layers, strict=True):
+        assert all(torch.equal(x.components[c].bfloat16(), y.components[c]) for c in "kv")
+    cache = hf.restore(llama, half)
+    assert cache.layers[0].keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(0, dtype=torch.int64), "0 tokens: this model takes 1 to 256"),
+        (torch.zeros(257, dtype=torch.int64), "257 tokens: this model takes 1 to 256"),
+        (torch.tensor([5, 2048]), r"must be in \[0, 2048\), got 5 to 2048"),
+        (torch.tensor([-1, 7]), "got -1 to 7"),
+        (torch.tensor([1.0, 2.0]), "must be int64"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"got torch.int64 \[2, 3\]"),
+    ],
+)
+def test_ids_that_the_model_cannot_take_are_refused(llama, ids, message):
+    with pytest.raises(BadInput, match=message):
+        hf.capture(llama, ids)
+
+
+def test_a_window_of_nothing_and_a_model_in_training_are_refused(llama):
+    with pytest.raises(BadInput, match="window"):
+        hf.capture(llama, tokens(5), window=0)
+    with pytest.raises(BadInput, match="eval"):
+        hf.capture(llama.train(), tokens(5))
+
+
+# Refusals
+
+
+def test_a_cache_of_another_shape_is_refused(llama, checkpoints):
+    kv, _ = hf.capture(llama, tokens(10))
+    with pytest.raises(ShapeMismatch, match=r"layers 0 to 2.*got \[0, 1\]"):
+        hf.restore(llama, RequestKV(kv.layers[:2], 10))
+    layer = kv.layers[1]
+    one_head = LayerKV(1, {c: x[:1] for c, x in layer.components.items()}, layer.positions)
+    with pytest.raises(ShapeMismatch, match="layer 1"):
+        hf.restore(llama, RequestKV((kv.layers[0], one_head, kv.layers[2]), 10))
+    only_keys = LayerKV(1, {"k": layer.components["k"]}, layer.positions)
+    with pytest.raises(ShapeMismatch, match="layer 1"):
+        hf.restore(llama, RequestKV((kv.layers[0], only_keys, kv.layers[2]), 10))
+    with pytest.raises(ShapeMismatch, match="layer 0"):
+        hf.restore(hf.load(checkpoints["qwen3"])[0], kv)
+
+
+def test_a_next_position_beyond_the_model_is_refused(llama):
+    kv, _ = hf.capture(llama, tokens(10))
+    with pytest.raises(BadInput, match=r"257 tokens.*256"):
+        hf.restore(llama, RequestKV(kv.layers, 257))
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    mistral = transformers.MistralConfig(**SMALL, num_key_value_heads=1, intermediate_size=16)
+    gpt2 = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+    for config, architecture in ((mistral, "MistralForCausalLM"), (gpt2, "GPT2LMHeadModel")):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.save_pretrained(tmp_path / architecture)
+        refusal = f"{architecture}.*LlamaForCausalLM, Qwen3ForCausalLM"
+        with pytest.raises(Unsupported, match=refusal):
+            hf.load(str(tmp_path / architecture))
+        with pytest.raises(Unsupported, match=refusal):
+            hf.capture(model, torch.tensor([1, 2]))
+        with pytest.raises(Unsupported, match=refusal):
+            hf.fingerprint(model)
+    unnamed = transformers.MistralConfig(**SMALL)
+    with pytest.raises(Unsupported, match="'mistral'"):
+        hf.shape_of(unnamed, 5)
+
+
+def test_a_sliding_window_is_refused_by_layer():
+    config = transformers.Qwen3Config(
+        **SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    )
+    with pytest.raises(Unsupported, match=r"layer 1 of this Qwen3.*sliding window: 8"):
+        hf.shape_of(config, 5)
+    config = transformers.LlamaConfig(**SMALL)
+    config.sliding_window = 16
+    with pytest.raises(Unsupported, match=r"layer 0 of this Llama.*sliding window: 16"):
+        hf.shape_of(config, 5)
+
+
+def test_an_attention_implementation_that_cannot_be_wrapped_is_refused(llama):
+    llama.set_attn_implementation("flex_attention")
+    with pytest.raises(Unsupported, match=r"flex_attention.*sdpa"):
+        hf.capture(llama, tokens(5))
+
+
+# Shape and fingerprint
+
+
+def test_the_shape_from_the_configuration_is_the_shape_of_the_capture(checkpoints, name):
+    model, _ = hf.load(checkpoints[name], torch.bfloat16)
+    kv, _ = hf.capture(model, tokens(21))
+    assert hf.shape_of(model.config, 21) == hf.shape_of(model, 21) == kv.shape()
+
+
+def test_the_fingerprint_knows_what_a_cache_depends_on_and_nothing_else(checkpoints):
+    model, tokenizer = hf.load(checkpoints["llama"])
+    same, again = hf.load(checkpoints["llama"], torch.bfloat16)
+    known = hf.fingerprint(model, tokenizer)
+    assert len(known) == 32
+    again("cut me short", truncation=True, max_length=2)
+    assert hf.fingerprint(same, again) == known
+    tokenizer.add_tokens(["kvprism"])
+    others = [hf.fingerprint(model, tokenizer), hf.fingerprint(model)]
+    others += [hf.fingerprint(same, again, weights="v2"), hf.fingerprint(same, again, adapter="v2")]
+    same.config.rope_parameters["rope_theta"] *= 2
+    others.append(hf.fingerprint(same, again))
+    others.append(hf.fingerprint(hf.load(checkpoints["qwen3"])[0], again))
+    assert len({known, *others}) == 7
+
+
+def test_the_fingerprint_of_the_built_in_model_never_changes():
+    """So it depends on no process, hash seed or library version: two ends compare it as bytes."""
+    golden = "423563a44a08d2ecba6ba1929bd6c1830b6d7ee9535af37e81222de644faf637"
+    assert hf.fingerprint(*hf.load("tiny")).hex() == golden
+
+
+# Loading
+
+
+def test_loading_opens_no_connection(checkpoints, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    model, tokenizer = hf.load(checkpoints["qwen3"], torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer.decode(tokenizer.encode(" 42")) == " 42"
+
+
+def test_an_unknown_name_says_the_way_out():
+    with pytest.raises(BadInput, match=r"'no-such-model'.*tiny.*checkpoint.*pip install"):
+        hf.load("no-such-model")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_an_incomplete_checkpoint_is_refused(checkpoints, tmp_path, missing):
+    for file in hf.Path(checkpoints["llama"]).iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(BadInput, match=f"cannot load '{tmp_path}'"):
+        hf.load(str(tmp_path))
+
+
+def test_damaged_or_absent_weights_are_refused(checkpoints, tmp_path):
+    for file in hf.Path(checkpoints["llama"]).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(BadInput, match="cannot load"):
+        hf.load(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(BadInput, match=r"no weights for \['model.layers.3"):
+        hf.load(str(tmp_path))
+
+
+# A trained model
+
+
+def test_tiny_answers_a_needle_after_capture_and_restore():
+    model, tokenizer = hf.load("tiny")
+    hay = " The river runs past the old town and the road goes up the hill to the north ." * 60
+    ids = tokenizer.encode(hay)
+    needle = tokenizer.encode(" The secret number of Lisbon is 57604 .")
+    context = torch.tensor([[tokenizer.bos_token_id, *ids[:400], *needle, *ids[400:1000]]])
+    question = torch.tensor([tokenizer.encode(" \n The secret number of Lisbon is")])
+    kv, _ = hf.capture(model, context)
+    whole = torch.cat([context, question], dim=1)
+    out = model.generate(
+        whole, past_key_values=hf.restore(model, kv), max_new_tokens=6, do_sample=False
+    )
+    assert tokenizer.decode(out[0, whole.shape[1] :]) == " 57604"
