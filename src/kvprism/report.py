@@ -43,6 +43,8 @@ TIERS = (
 # The decode worker recomputes the last prompt position, so its row may be absent from the cache.
 RECOMPUTED = "r"
 PHASES = ("prefill", "plan", "encode", "transfer", "decode", "first_token")
+# Decode runs at the receiver while layers are still being encoded and sent: no part of the total.
+AFTER_PREFILL = ("plan", "encode", "transfer", "first_token")
 
 MODEL_KEYS = ("name", "architecture", "layers", "kv_heads", "head_dim", "parameters")
 RESULT_KEYS = (
@@ -53,7 +55,7 @@ NEEDLE_KEYS = ("key", "value", "start", "stop", "line")
 ANSWER_KEYS = ("question", "expected", "got", "right")
 NUMBER_KEYS = (
     *("wire_bytes", "fraction", "fraction_native", "answers_right", "answers_total", "kl_to_raw"),
-    *(f"{phase}_ms" for phase in (*PHASES, "second_token")),
+    *(f"{phase}_ms" for phase in (*PHASES, "ttft", "second_token")),
 )
 MEASURED_KEYS = (*NUMBER_KEYS, "answers", "tiers", "tier_of_token")
 
@@ -116,10 +118,10 @@ def _page(result: Row) -> str:
         figures=[demo_figure(result), demo_figure(result, 350, 460)] if measured else [],
         tiers=TIERS,
         phases=PHASES,
-        total_ms=total_ms,
+        after_prefill=AFTER_PREFILL,
         strip=_strip,
         full_fraction=max([1.0, *(arm["fraction"] for arm in measured)]),
-        full_ms=max([total_ms(arm) - arm["prefill_ms"] for arm in measured], default=0) or 1.0,
+        full_ms=max([after_prefill_ms(arm) for arm in measured], default=0) or 1.0,
         native_differs=result["native_bytes"] != result["reference_bytes"],
         recomputed=RECOMPUTED,
     )
@@ -174,8 +176,8 @@ def _check_arm(arm: Row, tokens: int) -> None:
     letters = arm["tier_of_token"]
     if tokens - len(letters) not in (0, 1) or not set(letters) <= {tier.letter for tier in TIERS}:
         raise BadInput(
-            f"{name}: tier_of_token must be {tokens} letters out of 'n84.', or one fewer if the last "
-            f"token is recomputed; got {len(letters)} out of {''.join(sorted(set(letters)))!r}"
+            f"{name}: tier_of_token must be {tokens} letters out of 'n84.' (one fewer if the last "
+            f"token is recomputed), got {len(letters)} out of {''.join(sorted(set(letters)))!r}"
         )
     for tier in TIERS:
         if letters.count(tier.letter) != arm["tiers"][tier.key]:
@@ -270,9 +272,8 @@ def _score(arm: Row) -> str:
     return f"{arm['answers_right']} of {arm['answers_total']}"
 
 
-def total_ms(arm: Row) -> float:
-    """Milliseconds from the prompt to the first token: every phase, one after the other."""
-    return sum(float(arm[f"{phase}_ms"]) for phase in PHASES)
+def after_prefill_ms(arm: Row) -> float:
+    return sum(float(arm[f"{phase}_ms"]) for phase in AFTER_PREFILL)
 
 
 def size(nbytes: float) -> str:
@@ -363,6 +364,8 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", ACCENT: "accent"}
 def _themed(svg: str) -> str:
     """The bare `<svg>` element, coloured by CSS variables."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # Groups are named alike in every figure, and nothing refers to them.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for colour, name in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name}, {colour})")
     return svg

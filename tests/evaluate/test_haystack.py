@@ -11,7 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvprism.errors import BadInput
-from kvprism.evaluate.haystack import KEYS, TEMPLATES, NeedleCase, encode, needle_case, sentences
+from kvprism.evaluate.haystack import (
+    KEYS,
+    TEMPLATES,
+    NeedleCase,
+    encode,
+    hide_facts,
+    needle_case,
+    sentences,
+)
 
 
 def text_of(tokenizer: Any, ids: np.ndarray) -> str:
@@ -148,3 +156,26 @@ def test_what_cannot_be_hidden_is_refused(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         needle_case(tokenizer, **{"length": 256, "depth": 0.5, **settings})
+
+
+def test_facts_are_where_they_say_and_spread_over_the_text(tokenizer: Any) -> None:
+    facts = hide_facts(tokenizer, 1000, 5)
+    assert len(facts.context_ids) == 1000
+    for fact, depth in zip(facts.needles, (0.1, 0.3, 0.5, 0.7, 0.9), strict=True):
+        line = text_of(tokenizer, facts.context_ids[fact.start : fact.stop]).strip()
+        assert line == fact.line == f"The secret number of {fact.key} is {fact.value} ."
+        assert abs(fact.start / 1000 - depth) < 0.1
+        asked = text_of(tokenizer, fact.question_ids)
+        assert asked.strip() == fact.question == f"The secret number of {fact.key} is"
+
+
+def test_the_same_seed_hides_the_same_facts(tokenizer: Any) -> None:
+    first, second, other = (hide_facts(tokenizer, 400, 3, seed) for seed in (1, 1, 2))
+    assert (first.context_ids == second.context_ids).all()
+    assert (first.context_ids != other.context_ids).any()
+
+
+@pytest.mark.parametrize("n_facts", [0, 61])
+def test_more_facts_than_keys_are_refused(tokenizer: Any, n_facts: int) -> None:
+    with pytest.raises(BadInput, match=f"facts must be 1 to 60, got {n_facts}"):
+        hide_facts(tokenizer, 1000, n_facts)

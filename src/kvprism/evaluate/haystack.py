@@ -209,9 +209,10 @@ def hide_facts(tokenizer: Any, length: int, n_facts: int, seed: int = 0) -> Fact
     """`n_facts` facts spread evenly over `length` tokens of generated text.
 
     Raises:
-        BadInput: see `needle_case`.
+        BadInput: too short a length, or more facts than there are keys.
     """
-    _check(0.0, n_facts - 1, TEMPLATES[0])
+    if not 1 <= n_facts <= len(KEYS):
+        raise BadInput(f"facts must be 1 to {len(KEYS)}, got {n_facts}")
     rng = np.random.default_rng(seed)
     keys = [KEYS[i] for i in rng.permutation(len(KEYS))[:n_facts]]
     values = ["".join(str(digit) for digit in rng.integers(10, size=VALUE_DIGITS)) for _ in keys]
@@ -222,19 +223,19 @@ def hide_facts(tokenizer: Any, length: int, n_facts: int, seed: int = 0) -> Fact
     depths = [(i + 0.5) / n_facts for i in range(n_facts)]
     parts = [bos, *_hide(tokenizer, filler, needles, depths)]
     starts = np.cumsum([0, *(len(part) for part in parts)])[2:-1:2]
-    facts = [
-        Fact(key, value, line.strip(), int(start), int(start) + len(ids), asked.strip(), question)
-        for key, value, line, ids, start in zip(keys, values, lines, needles, starts, strict=True)
-        for asked, question in [
-            (_asked(TEMPLATES[0], key), _question(tokenizer, TEMPLATES[0], key, value)[0])
-        ]
-    ]
+    facts = []
+    for key, value, line, ids, start in zip(keys, values, lines, needles, starts, strict=True):
+        asked, question = _asked(TEMPLATES[0], key), _question(tokenizer, TEMPLATES[0], key, value)
+        span = int(start), int(start) + len(ids)
+        facts.append(Fact(key, value, line.strip(), *span, asked.strip(), question[0]))
     return Facts(np.concatenate(parts), tuple(facts))
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
     """Token ids without special tokens."""
-    return np.array(tokenizer.encode(text, add_special_tokens=False), np.int64)
+    # Not verbose: it is no mistake that a whole text is longer than the model's context.
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return np.array(ids, np.int64)
 
 
 def _check(depth: float, distractors: int, template: str) -> None:
