@@ -1,102 +1,291 @@
 """The command line: thin; every command parses, calls one function and prints its result."""
 
+import os
+import signal
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvprism.commands import console
-
 app = typer.Typer(
     name="kvprism",
     help="Send far fewer KV-cache bytes from prefill to decode, at the same answer quality.",
+    epilog="Start with: kvprism demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: at once, and the same in a terminal and in a log
 )
-evaluate_app = typer.Typer(help="Measure quality at exact bytes.", no_args_is_help=True)
+evaluate_app = typer.Typer(
+    help="Measure quality at exact bytes.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(evaluate_app, name="eval")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
-Model = Annotated[str, typer.Option("--model", help="Built-in name or local checkpoint directory.")]
-PolicyName = Annotated[str, typer.Option("--policy", help="A name from `kvprism policies`.")]
-Policies = Annotated[str, typer.Option("--policy", help="Comma-separated policy names.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Built-in model or directory of a local checkpoint.")
+]
+Prompt = Annotated[Path, typer.Option("--file", help="The prompt: a UTF-8 text file.")]
+First = Annotated[
+    int | None, typer.Option("--tokens", min=2, help="Take only the first N tokens of the prompt.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=1, help="Generate at most this many tokens, greedily.")
+]
+TokenFile = Annotated[
+    Path, typer.Option("--token-file", help="The shared secret; make one with: kvprism token FILE")
+]
+AllowRemote = Annotated[
+    bool,
+    typer.Option(
+        "--allow-remote",
+        help="Allow addresses off loopback. Peers are authenticated, but nothing is encrypted.",
+    ),
+]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="What is sent how precisely; kvprism policies lists them.")
+]
+Policies = Annotated[str, typer.Option("--policy", help="Policies, with commas between them.")]
 BudgetText = Annotated[
-    str | None, typer.Option("--budget", help="0.30, 30%, 512MiB or 512tok: all wire bytes.")
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Cap on all wire bytes: 0.30 or 30% of the cache at 16 bits, 512MiB, or 512tok.",
+    ),
 ]
-Budgets = Annotated[str, typer.Option("--budget", help="Comma-separated budgets.")]
-Importance = Annotated[str, typer.Option("--importance", help="attention, position or norm.")]
-Codec = Annotated[str, typer.Option("--codec", help="nested (ours) or published (the papers').")]
+Budgets = Annotated[str, typer.Option("--budget", help="Budgets, with commas between them.")]
+Importance = Annotated[
+    str, typer.Option("--importance", help="What ranks tokens: attention, position or norm.")
+]
+Codec = Annotated[
+    str,
+    typer.Option("--codec", help="The code of INT8 and INT4: nested, or the papers' published."),
+]
 CacheDtype = Annotated[
-    str, typer.Option("--cache-dtype", help="Precision of the prefill side's cache.")
+    str,
+    typer.Option(
+        "--cache-dtype", help="Dtype of the prefill side's cache: bfloat16, float16 or float32."
+    ),
 ]
-RecordFile = Annotated[
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Records = Annotated[
     Path | None,
-    typer.Option("--records", help="Keep every measurement here; a second run resumes."),
+    typer.Option("--records", help="Keep every measurement here; the same command resumes."),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+ALL_POLICIES = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers"
 
 
-@app.command()
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvprism {metadata.version('kvprism')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None: ...
+
+
+@app.command(epilog="Example: kvprism demo --json demo.json --report report.html")
 def demo(
     model: Model = "tiny",
-    context: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 3072,
+    context: Annotated[int, typer.Option("--context", min=1, help="Prompt tokens.")] = 3072,
     seed: Seed = 0,
     json: Json = None,
-    report: Annotated[Path | None, typer.Option(help="Also write an HTML page here.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Also write an HTML page here.")
+    ] = None,
 ) -> None:
-    """Prefill in one process, continue in another, and compare what each policy sends and keeps."""
-    with console.one_line_errors():
+    """Prefill here, decode there: what each policy sends and keeps.
+
+    Hides facts in a long text, prefills it, sends its cache to a second process under six policies,
+    and asks for the facts there. Needs no network and no argument.
+    """
+    from kvprism.commands import console
+
+    with console.one_line_errors(json, report):
         from kvprism.commands.demo import run_demo, show_demo
 
+        if report is not None:
+            from kvprism.report import write_demo_report
         with console.status("starting a prefill and a decode worker") as say:
             result = run_demo(model, context, seed, say)
         show_demo(result)
         console.write_json(json, result)
         if report is not None:
-            from kvprism.report import write_demo_report
-
             write_demo_report(result, report)
             console.out.print(f"report: {report}")
 
 
-@app.command()
+@app.command(epilog="Example: kvprism run --file prompt.txt --policy spectrum --budget 30%")
 def run(
-    file: Annotated[Path, typer.Option("--file", help="Text to prefill.")],
+    file: Prompt,
     model: Model = "tiny",
     policy: PolicyName = "spectrum",
     budget: BudgetText = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
+    cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
-    tokens: Annotated[int | None, typer.Option(help="Use only the first N tokens.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
-    save: Annotated[Path | None, typer.Option(help="Save the stream here (mode 0600).")] = None,
+    tokens: First = None,
+    new_tokens: NewTokens = 32,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Also save the stream here, mode 0600.")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Prefill a file here, send its cache to a second process, continue there."""
-    with console.one_line_errors():
-        from kvprism.commands.demo import run_file, show_run
+    """Prefill a file, send its cache to a second process, continue there."""
+    from kvprism.commands import console
 
-        options = {"importance": importance, "codec": codec, "seed": seed}
+    with console.one_line_errors(json, save):
+        from kvprism.commands.transfer import run_file, show_transfer
+
         with console.status("starting a prefill and a decode worker") as say:
-            result = run_file(model, file, policy, budget, options, tokens, new_tokens, save, say)
-        show_run(result)
+            result = run_file(
+                model,
+                file,
+                policy,
+                budget,
+                {"importance": importance, "codec": codec, "seed": seed},
+                tokens=tokens,
+                new_tokens=new_tokens,
+                cache_dtype=cache_dtype,
+                save=save,
+                say=say,
+            )
+        show_transfer(result)
         console.write_json(json, result)
 
 
-@app.command()
+@app.command(
+    epilog="Example: kvprism prefill --file prompt.txt --to 127.0.0.1:7000 --token-file token "
+    "--policy spectrum --budget 30%"
+)
+def prefill(
+    file: Prompt,
+    to: Annotated[str, typer.Option("--to", help="HOST:PORT that kvprism decode listens on.")],
+    token_file: TokenFile,
+    model: Model = "tiny",
+    policy: PolicyName = "spectrum",
+    budget: BudgetText = None,
+    importance: Importance = "attention",
+    codec: Codec = "nested",
+    cache_dtype: CacheDtype = "bfloat16",
+    seed: Seed = 0,
+    tokens: First = None,
+    allow_remote: AllowRemote = False,
+    json: Json = None,
+) -> None:
+    """Prefill a file here and send its cache to a kvprism decode."""
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
+        from kvprism.commands.transfer import prefill_here, show_transfer
+
+        with console.status("reading the prompt, loading the model") as say:
+            result = prefill_here(
+                model,
+                file,
+                to,
+                token_file,
+                policy,
+                budget,
+                {"importance": importance, "codec": codec, "seed": seed},
+                tokens=tokens,
+                cache_dtype=cache_dtype,
+                allow_remote=allow_remote,
+                say=say,
+            )
+        show_transfer(result)
+        console.write_json(json, result)
+
+
+@app.command(epilog="Example: kvprism decode --file prompt.txt --port 7000 --token-file token")
+def decode(
+    file: Prompt,
+    token_file: TokenFile,
+    model: Model = "tiny",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 0,
+    tokens: First = None,
+    new_tokens: NewTokens = 32,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds to wait for a cache.")
+    ] = 600.0,
+    allow_remote: AllowRemote = False,
+    json: Json = None,
+) -> None:
+    """Listen for the cache of a prompt and continue the prompt here.
+
+    Prints the address that it listens on. Both sides are given the prompt, as behind a proxy: only
+    the cache crosses the wire.
+    """
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
+        from kvprism.commands.transfer import decode_here, show_transfer
+
+        with console.status("reading the prompt, loading the model") as say:
+            result = decode_here(
+                model,
+                file,
+                token_file,
+                host=host,
+                port=port,
+                tokens=tokens,
+                new_tokens=new_tokens,
+                timeout_s=timeout,
+                allow_remote=allow_remote,
+                say=say,
+            )
+        show_transfer(result)
+        console.write_json(json, result)
+
+
+@app.command(epilog="Example: kvprism token ~/kvprism.token")
+def token(
+    file: Annotated[Path, typer.Argument(help="The file to make; it must not exist.")],
+) -> None:
+    """Make the secret that kvprism prefill and decode share.
+
+    32 random bytes in a file that only its owner may read; copy it to the other side.
+    """
+    from kvprism.commands import console
+
+    with console.one_line_errors():
+        from kvprism.transport.token import create_token
+
+        create_token(file)
+        console.out.print(f"{file}: mode 0600; give the other side the same file", soft_wrap=True)
+
+
+@app.command(epilog="Example: kvprism plan --budget 30% --tokens 4096 --link 10Gbps,100Gbps")
 def plan(
     model: Model = "tiny",
     policy: PolicyName = "spectrum",
     budget: BudgetText = None,
-    tokens: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 2048,
-    link: Annotated[str, typer.Option(help="Link speed, such as 10Gbps.")] = "10Gbps",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Prompt tokens.")] = 2048,
+    link: Annotated[
+        str, typer.Option("--link", help="Link speeds, with commas between them.")
+    ] = "1Gbps,10Gbps,100Gbps",
     codec: Codec = "nested",
     json: Json = None,
 ) -> None:
-    """Dry run from the model's shape alone: bytes per tier, smallest budget, time on a link."""
-    with console.one_line_errors():
+    """Dry run: bytes per tier, smallest budget, time on a link.
+
+    From the model's shape alone: neither weights nor a prompt are needed.
+    """
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
         result = dry_run(model, policy, budget, tokens, link, codec)
@@ -104,12 +293,15 @@ def plan(
         console.write_json(json, result)
 
 
-@app.command()
+@app.command(epilog="Example: kvprism inspect saved.kvp")
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A saved stream.")], json: Json = None
+    file: Annotated[Path, typer.Argument(help="A stream that kvprism run --save wrote.")],
+    json: Json = None,
 ) -> None:
-    """Verify a saved stream and say what is in it."""
-    with console.one_line_errors():
+    """Verify every byte of a saved stream and say what is in it."""
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
         from kvprism.commands.inspection import inspect_stream, show_stream
 
         result = inspect_stream(file)
@@ -117,23 +309,27 @@ def inspect(
         console.write_json(json, result)
 
 
-@app.command()
+@app.command(epilog="Example: kvprism doctor --json doctor.json")
 def doctor(json: Json = None) -> None:
-    """Check this installation: versions, built-in models, loopback, codec speed."""
-    with console.one_line_errors():
+    """Check this installation: versions, models, loopback, codec speed."""
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
         from kvprism.commands.doctor import examine, show_findings
 
         findings = examine()
         show_findings(findings)
         console.write_json(json, findings)
-    if any(finding["state"] == "broken" for finding in findings):
-        raise typer.Exit(console.EXIT_OTHER)
+        if any(finding["state"] == "broken" for finding in findings):
+            raise typer.Exit(console.EXIT_OTHER)
 
 
-@app.command()
+@app.command(epilog="Example: kvprism policies --json policies.json")
 def policies(json: Json = None) -> None:
     """List the policies."""
-    with console.one_line_errors():
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
         from kvprism.policies import POLICIES
 
         rows = [
@@ -145,24 +341,34 @@ def policies(json: Json = None) -> None:
         console.write_json(json, [dict(zip(keys, row, strict=True)) for row in rows])
 
 
-@evaluate_app.command()
+@evaluate_app.command(
+    epilog="Example: kvprism eval perplexity --text book.txt --policy int4,spectrum --budget 0.30"
+)
 def perplexity(
     text: Annotated[Path, typer.Option("--text", help="Any UTF-8 text file.")],
     model: Model = "tiny",
-    context: Annotated[int, typer.Option(help="Prompt tokens of a document.")] = 1536,
-    continuation: Annotated[int, typer.Option(help="Scored tokens after it.")] = 512,
-    documents: Annotated[int, typer.Option(help="Documents, spread over the text.")] = 40,
-    policy: Policies = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers",
+    context: Annotated[
+        int, typer.Option("--context", min=2, help="Prompt tokens of a document.")
+    ] = 1536,
+    continuation: Annotated[
+        int, typer.Option("--continuation", min=1, help="Scored tokens after it.")
+    ] = 512,
+    documents: Annotated[
+        int, typer.Option("--documents", min=1, help="Documents, spread over the text.")
+    ] = 40,
+    policy: Policies = ALL_POLICIES,
     budget: Budgets = "0.30,0.52",
     importance: Importance = "attention",
     codec: Codec = "nested",
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
-    records: RecordFile = None,
+    records: Records = None,
     json: Json = None,
 ) -> None:
     """Perplexity, KL to raw and top-1 flips of a continuation on the restored cache."""
-    with console.one_line_errors():
+    from kvprism.commands import console
+
+    with console.one_line_errors(json, records):
         from kvprism.commands.evaluate import measure_and_show, parse_arms, run_perplexity
 
         task = run_perplexity(
@@ -178,27 +384,37 @@ def perplexity(
         measure_and_show(task, records, json)
 
 
-@evaluate_app.command()
+@evaluate_app.command(
+    epilog="Example: kvprism eval needle --length 1024 --distractors 0,3 --records needle.jsonl"
+)
 def needle(
     model: Model = "tiny",
-    length: Annotated[str, typer.Option(help="Comma-separated context lengths.")] = "1024,2048",
-    depths: Annotated[int, typer.Option(help="Depths, evenly spread from start to end.")] = 11,
-    trials: Annotated[int, typer.Option(help="Cases per depth.")] = 5,
-    distractors: Annotated[str, typer.Option(help="Comma-separated counts.")] = "0,3",
-    policy: Policies = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers",
+    length: Annotated[
+        str, typer.Option("--length", help="Context tokens, with commas between them.")
+    ] = "1024,2048",
+    depths: Annotated[
+        int, typer.Option("--depths", min=1, help="Depths, evenly spread from start to end.")
+    ] = 11,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Cases per depth.")] = 5,
+    distractors: Annotated[
+        str, typer.Option("--distractors", help="Other facts beside it, with commas between them.")
+    ] = "0,3",
+    policy: Policies = ALL_POLICIES,
     budget: Budgets = "0.30,0.52",
     haystack: Annotated[
-        Path | None, typer.Option(help="A text file instead of generated text.")
+        Path | None, typer.Option("--haystack", help="A text file instead of generated text.")
     ] = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
-    records: RecordFile = None,
+    records: Records = None,
     json: Json = None,
 ) -> None:
     """Facts hidden in a long text, asked for on the restored cache."""
-    with console.one_line_errors():
+    from kvprism.commands import console
+
+    with console.one_line_errors(json, records):
         from kvprism.commands.evaluate import measure_and_show, numbers, parse_arms, run_needle
 
         task = run_needle(
@@ -215,15 +431,21 @@ def needle(
         measure_and_show(task, records, json)
 
 
-@evaluate_app.command()
+@evaluate_app.command(
+    epilog="Example: kvprism eval compare needle.jsonl --policy spectrum --versus random-tiers,int4"
+)
 def compare(
     records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
     policy: PolicyName = "spectrum",
-    versus: Annotated[str, typer.Option(help="Comma-separated policies.")] = "random-tiers,int4",
+    versus: Annotated[
+        str, typer.Option("--versus", help="Policies to compare with, with commas between them.")
+    ] = "random-tiers,int4",
     json: Json = None,
 ) -> None:
-    """Paired differences of one policy against others, from recorded documents."""
-    with console.one_line_errors():
+    """Paired differences of one policy from others, on recorded documents."""
+    from kvprism.commands import console
+
+    with console.one_line_errors(json):
         from kvprism.commands.evaluate import compare_and_show
 
         compare_and_show(records, policy, versus.split(","), json)
@@ -244,4 +466,8 @@ def worker(
 
 def main() -> None:
     """Entry point of the `kvprism` command."""
+    # Idle OpenMP threads spin by default: with a second worker, or anything else, on the same cores
+    # everything takes up to a hundred times longer. Read when torch is loaded; workers inherit it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     app()

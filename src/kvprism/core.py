@@ -1,15 +1,17 @@
 """The nouns that every room shares: shapes, tiers, budgets, capabilities. No torch here.
 
-Axis order everywhere is `[head, token, channel]`; sizes are bytes; fractions are of the *reference*,
-which is the same cache at 16 bits per value.
+Axis order everywhere is `[head, token, channel]`; sizes are bytes; fractions are of the
+*reference*, which is the same cache at 16 bits per value.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from fractions import Fraction
+from math import ceil, isfinite
+from typing import Literal, NamedTuple, get_args
 
-from kvprism.errors import BadInput, ShapeMismatch
+from kvprism.errors import BadInput, ShapeMismatch, UnknownName
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 REFERENCE_ITEMSIZE = 2
@@ -44,7 +46,9 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         start, stop = self.token_range
-        if self.layer_id < 0 or not 0 <= start < stop:
+        if self.layer_id < 0:
+            raise BadInput(f"layer ids count from 0, got {self.layer_id}")
+        if not 0 <= start < stop:
             raise BadInput(f"layer {self.layer_id}: token range [{start}, {stop}) holds no token")
         if self.dtype not in ITEMSIZE:
             raise BadInput(
@@ -57,8 +61,8 @@ class LayerShape:
         for name, heads, channels in self.components:
             if heads < 1 or channels < 2 or channels % 2:
                 raise BadInput(
-                    f"layer {self.layer_id} component {name!r}: needs at least one head and an even "
-                    f"number of channels, got {heads} heads of {channels}"
+                    f"layer {self.layer_id} component {name!r}: needs at least one head and an "
+                    f"even number of channels, got {heads} heads of {channels}"
                 )
 
     @property
@@ -86,7 +90,8 @@ class LayerShape:
         for component in self.components:
             if component.name == name:
                 return component
-        raise ShapeMismatch(f"layer {self.layer_id} has {self.components}, not {name!r}")
+        names = [component.name for component in self.components]
+        raise ShapeMismatch(f"layer {self.layer_id} has components {names}, not {name!r}")
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ PUBLISHED_MENU = (NATIVE, Tier("int8", ABSMAX_CODEC, 8), Tier("int4", ABSMAX_COD
 MENUS = {"nested": MENU, "published": PUBLISHED_MENU}
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+# float32 is twice the reference: a larger bare number is a percentage or a size without its unit.
+_MAX_FRACTION = 4
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,9 @@ class Budget:
 
     @classmethod
     def parse(cls, text: "str | float | Budget", shape: KVShape) -> "Budget":
-        """Convert `0.30`, `30%` (of the 16-bit reference), `512MiB` or `512tok` (tokens at 16 bits) once.
+        """Convert `0.30`, `30%` (of the 16-bit reference), `512MiB` or `512tok` (at 16 bits) once.
+
+        Fractions of a byte are cut off.
 
         Example:
             >>> Budget.parse("25%", KVShape.dense(layers=1, heads=1, channels=64, tokens=16)).nbytes
@@ -176,43 +185,88 @@ class Budget:
         if isinstance(text, Budget):
             return text
         match = re.fullmatch(
-            r"\s*([0-9]*\.?[0-9]+)\s*(%|tok|[kmg]?i?b)?\s*", str(text), re.IGNORECASE
+            r"\s*([0-9]*\.?[0-9]+)\s*(%|tok|([kmg]i?)?b)?\s*", str(text), re.IGNORECASE
         )
         if match is None:
             raise BadInput(f"budget {text!r} is none of 0.30, 30%, 512MiB, 512tok")
-        number, unit = float(match[1]), (match[2] or "").lower()
+        # Exact, because 0.29 * 100 is 28.999999999999996 in floating point.
+        number, unit = Fraction(match[1]), (match[2] or "").lower()
         if unit in _UNITS:
             return cls(int(number * _UNITS[unit]))
         if unit == "tok":
             return cls(sum(int(la.reference_nbytes * number / la.n_tokens) for la in shape.layers))
-        return cls(int(shape.reference_nbytes * (number / 100 if unit == "%" else number)))
+        if unit == "" and number > _MAX_FRACTION:
+            raise BadInput(
+                f"budget {text} is {text} times the cache at 16 bits; name the unit: "
+                f"{text}%, {text}MiB or {text}tok"
+            )
+        return cls(int(shape.reference_nbytes * number / (100 if unit == "%" else 1)))
 
     def split(self, weights: Sequence[float]) -> "tuple[Budget, ...]":
-        """Shares in proportion to `weights` that sum exactly to this budget (largest remainder)."""
-        total = sum(weights)
-        if total <= 0 or min(weights) < 0:
-            raise BadInput(
-                f"budget weights must be non-negative and not all zero, got {list(weights)}"
-            )
-        exact = [self.nbytes * weight / total for weight in weights]
-        shares = [int(share) for share in exact]
-        by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
-        for i in by_remainder[: self.nbytes - sum(shares)]:
-            shares[i] += 1
-        return tuple(Budget(share) for share in shares)
+        """Shares in proportion to `weights` that sum exactly to this budget; see `apportion`."""
+        return tuple(Budget(share) for share in apportion(self.nbytes, weights))
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole shares of `total` in proportion to positive `weights`; they sum exactly to it.
+
+    By highest averages (D'Hondt), so that a larger total never makes a share smaller, as largest
+    remainders can: a budget that suffices then suffices at every larger size too.
+
+    Raises:
+        BadInput: no weights, or one that is not positive and finite.
+    """
+    exact = _positive(weights)
+    whole = sum(exact)
+    shares = [int(total * weight / whole) for weight in exact]
+    for _ in range(total - sum(shares)):
+        averages = [weight / (share + 1) for weight, share in zip(exact, shares, strict=True)]
+        shares[averages.index(max(averages))] += 1
+    return shares
+
+
+def least_total(needs: Sequence[int], weights: Sequence[float]) -> int:
+    """The smallest total of which `apportion` gives everybody at least his positive need."""
+    exact = _positive(weights)
+    averages = [weight / need for weight, need in zip(exact, needs, strict=True)]
+    # The need with the lowest average is met last; of equal ones, the last in order.
+    lowest = min(averages)
+    last = max(i for i, average in enumerate(averages) if average == lowest)
+    before = [int(weight / lowest) for weight in exact[: last + 1]]
+    return sum(before) + sum(ceil(weight / lowest) - 1 for weight in exact[last + 1 :])
+
+
+def _positive(weights: Sequence[float]) -> list[Fraction]:
+    if not weights or not all(isfinite(weight) and weight > 0 for weight in weights):
+        raise BadInput(f"budget weights must be positive and finite, got {list(weights)}")
+    return [Fraction(weight) for weight in weights]
+
+
+Drop = Literal["none", "uniform", "per_head"]
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What the receiver can hold: solvers obey it, and the handshake compares it.
+    """What the receiver can hold: solvers obey it, and the handshake states it.
 
-    `drop`: `none` (paged attention has no missing token), `uniform` (the same tokens for all heads of
-    a layer), `per_head`. `block`: tokens come in multiples of this.
+    `drop`: `none` (paged attention has no missing token), `uniform` (the same tokens for all heads
+    and components of a layer), `per_head`. `block`: dropped tokens come in multiples of this.
+
+    Raises:
+        UnknownName: no such kind of drop.
+        BadInput: no codec, or a block of no token.
     """
 
-    drop: Literal["none", "uniform", "per_head"] = "uniform"
+    drop: Drop = "uniform"
     codecs: tuple[str, ...] = (NATIVE_CODEC, DROP_CODEC, NESTED_CODEC, ABSMAX_CODEC)
     block: int = 1
 
+    def __post_init__(self) -> None:
+        if self.drop not in get_args(Drop):
+            raise UnknownName("drop capability", self.drop, list(get_args(Drop)))
+        if not self.codecs or self.block < 1:
+            raise BadInput(f"a receiver reads a codec and blocks of at least 1 token, got {self}")
+
     def allows(self, tier: Tier) -> bool:
+        """Whether rows of this tier can be held."""
         return tier.codec in self.codecs and not (tier.codec == DROP_CODEC and self.drop == "none")

@@ -18,6 +18,7 @@ from kvprism.core import (
     MAX_MENU,
     NATIVE_CODEC,
     NESTED_CODEC,
+    KVShape,
     Tier,
 )
 from kvprism.errors import BadInput, ProtocolViolation, Unsupported
@@ -61,8 +62,9 @@ def plane_row_nbytes(plane: Plane, channels: int, itemsize: int) -> int:
 def planes_of(tier: Tier) -> tuple[Plane, ...]:
     """The planes that a row of this tier stands in; `Unsupported` for a code that is not built."""
     if (tier.codec, tier.bits) not in PLANES:
+        built = ", ".join(f"{codec} at {bits}" for codec, bits in PLANES)
         raise Unsupported(
-            f"tier {tier.name!r}: codec {tier.codec} at {tier.bits} bits is not built"
+            f"tier {tier.name!r}: codec {tier.codec} at {tier.bits} bits is not built; {built} are"
         )
     return PLANES[tier.codec, tier.bits]
 
@@ -88,8 +90,8 @@ def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
     for tier in quantised:
         if row_nbytes(tier, channels, itemsize) >= native:
             raise BadInput(
-                f"tier {tier.name!r} takes {row_nbytes(tier, channels, itemsize)} bytes for a row of "
-                f"{channels} channels, native takes {native}: use native"
+                f"tier {tier.name!r} takes {row_nbytes(tier, channels, itemsize)} bytes for a row "
+                f"of {channels} channels, native takes {native}; use a menu without this tier"
             )
 
 
@@ -103,7 +105,8 @@ def plane_nbytes(
     tier_of: TierArray, menu: Sequence[Tier], channels: int, itemsize: int
 ) -> dict[Plane, int]:
     """Bytes of every non-empty plane of a block, in plane order."""
-    counts = np.bincount(tier_of.reshape(-1), minlength=len(menu))
+    rows = _distinct_rows(tier_of)
+    counts = np.bincount(rows.reshape(-1), minlength=len(menu)) * (len(tier_of) // len(rows))
     sizes = dict.fromkeys(Plane, 0)
     for tier, count in zip(menu, counts, strict=True):
         for plane in planes_of(tier):
@@ -111,9 +114,20 @@ def plane_nbytes(
     return {plane: size for plane, size in sizes.items() if size}
 
 
+def _distinct_rows(tier_of: TierArray) -> TierArray:
+    """One row when all heads take the same tiers, else all of them."""
+    # A broadcast row, which is what solvers make, is seen at once: they cost plans by the hundred.
+    shared = tier_of.strides[0] == 0 or bool((tier_of == tier_of[:1]).all())
+    return tier_of[:1] if shared else tier_of
+
+
 @dataclass(frozen=True)
 class Split:
-    """How a request is cut into manifests: at most `tokens` tokens and `heads` heads each."""
+    """How a request is cut into manifests: at most `tokens` tokens and `heads` heads each.
+
+    Raises:
+        BadInput: ranges of less than one.
+    """
 
     tokens: int | None = None
     heads: int | None = None
@@ -125,6 +139,15 @@ class Split:
 
 
 WHOLE = Split()
+# Far below the receiver's credit, and decoded long before the sender thinks that it fell silent.
+MAX_MANIFEST_NBYTES = 2**25
+
+
+def split_of(shape: KVShape) -> Split:
+    """Whole layers while they are small, else token ranges of at most 32 MiB in native bytes."""
+    token_nbytes = max(layer.native_nbytes // layer.n_tokens for layer in shape.layers)
+    tokens = max(1, MAX_MANIFEST_NBYTES // token_nbytes)
+    return WHOLE if all(layer.n_tokens <= tokens for layer in shape.layers) else Split(tokens)
 
 
 def ranges(start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]:
@@ -135,9 +158,8 @@ def ranges(start: int, stop: int, size: int | None) -> Iterator[tuple[int, int]]
 
 
 def pack_tier_map(tier_of: TierArray) -> TierMap:
-    """The smallest encoding of a `[head, token]` tier map; ties go to the lower mode, then fewer bits."""
-    shared = bool((tier_of == tier_of[:1]).all())
-    rows = tier_of[:1] if shared else tier_of
+    """The smallest encoding of a `[head, token]` tier map; ties go to the lower mode and bits."""
+    rows = _distinct_rows(tier_of)
     flat = rows.reshape(-1)
     counts = np.bincount(flat, minlength=MAX_MENU)
     palette = np.flatnonzero(counts)
@@ -146,17 +168,11 @@ def pack_tier_map(tier_of: TierArray) -> TierMap:
     bits = 1 if len(palette) <= 2 else 2 if len(palette) <= 4 else 4
     by_count = palette[np.argsort(-counts[palette], kind="stable")]
     if 4 * (len(flat) - counts.max() + len(palette) - 1) < -(-len(flat) * bits // 8):
-        return TierMap(
-            len(rows),
-            INDEX_LIST,
-            0,
-            by_count.astype(np.uint8).tobytes(),
-            _index_list(flat, by_count),
-        )
+        listed = _index_list(flat, by_count)
+        return TierMap(len(rows), INDEX_LIST, 0, by_count.astype(np.uint8).tobytes(), listed)
     index = np.searchsorted(palette, flat).astype(np.uint8)
-    return TierMap(
-        len(rows), PACKED, bits, palette.astype(np.uint8).tobytes(), _pack_bits(index, bits)
-    )
+    packed = _pack_bits(index, bits)
+    return TierMap(len(rows), PACKED, bits, palette.astype(np.uint8).tobytes(), packed)
 
 
 def unpack_tier_map(tier_map: TierMap, heads: int, tokens: int, n_menu: int) -> TierArray:
@@ -218,18 +234,15 @@ def _pack_bits(index: TierArray, bits: int) -> bytes:
     per_byte = 8 // bits
     padded = np.zeros(-(-len(index) // per_byte) * per_byte, np.uint8)
     padded[: len(index)] = index
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return (
-        np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1)
-        .astype(np.uint8)
-        .tobytes()
-    )
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
+    packed: TierArray = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1)
+    return packed.tobytes()
 
 
 def _unpack_bits(data: bytes, bits: int, n: int, n_palette: int) -> TierArray:
     _require(bits in (1, 2, 4), f"{bits} bits an entry")
     _require(len(data) == -(-n * bits // 8), f"{len(data)} bytes for {n} entries of {bits} bits")
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    shifts = np.arange(8 // bits, dtype=np.uint8) * np.uint8(bits)
     spread = (np.frombuffer(data, np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
     index = spread.reshape(-1)
     _require(not index[n:].any(), "padding bits that are not zero")

@@ -9,16 +9,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
-from kvprism.codec.stream import MAX_REQUEST_NBYTES, Assembler, Encoded, encode_layer, menu_of
-from kvprism.core import Capability, KVShape, Tier
-from kvprism.errors import KVPrismError, PeerLost, PeerSilent, ShapeMismatch, TransportError
+from kvprism.codec.stream import (
+    MAX_REQUEST_NBYTES,
+    Assembler,
+    Encoded,
+    check_layer,
+    check_planned,
+    encode_layer,
+    menu_of,
+    offered_shape,
+)
+from kvprism.core import Capability, Drop, KVShape, LayerShape, Tier
+from kvprism.errors import (
+    PeerLost,
+    PeerSilent,
+    Rejected,
+    ShapeMismatch,
+    TransportError,
+    Unsupported,
+)
 from kvprism.layout import WHOLE, Split
 from kvprism.plans import LayerPlan, Plan, offer_of
 from kvprism.tensors import LayerKV, RequestKV
 from kvprism.transport import tcp
-from kvprism.wire import frames
-from kvprism.wire.messages import NOT_STATED, End, Offer, Resend
+from kvprism.wire.frames import Buffer, frame_nbytes, pack
+from kvprism.wire.intake import manifest_nbytes
+from kvprism.wire.messages import NOT_STATED, Abort, End, Offer, Ping, Reject, Resend
 from kvprism.wire.session import ReceiverConfig, ReceiverSession, SenderSession, TicketBook
 from kvprism.wire.stream import Event, Segments, StreamReader
 
@@ -38,7 +56,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Received:
-    """One restored request. `seconds` runs from the offer to the last piece, `decode_s` within it."""
+    """One restored request. `seconds` runs from the offer to the last piece, `decode_s` in it."""
 
     request: bytes
     kv: RequestKV
@@ -47,12 +65,70 @@ class Received:
     seconds: float
 
 
+SessionT = TypeVar("SessionT", SenderSession, ReceiverSession)
+
+
+class _Link(Generic[SessionT]):
+    """One connection, its session, and the stream reader between the two."""
+
+    def __init__(self, connection: tcp.Connection, session: SessionT) -> None:
+        self.connection = connection
+        self.session: SessionT = session
+        self.closed = False
+        self._reader = StreamReader()
+
+    def close(self) -> None:
+        self.closed = True
+        self.connection.close()
+
+    def get(self) -> list[Event]:
+        """Read what has come, at least a byte, and answer it; the events that it completed."""
+        events = self._advance()
+        for event in events:
+            self.put(self.session.handle(event))
+        return events
+
+    def put(self, buffers: Sequence[Buffer]) -> None:
+        """Send; a peer that closed in the meantime may have said why, and that is raised then."""
+        try:
+            self.connection.send(buffers)
+        except PeerLost:
+            self._hear_out()
+            raise
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """On an error tell the peer why and close, so that it need not wait for a deadline.
+
+        A refused offer alone leaves both ends ready for the next one.
+        """
+        try:
+            yield
+        except BaseException as error:
+            with suppress(TransportError):
+                self.connection.send(self.session.farewell(error))
+            if not (isinstance(error, Rejected) and self.session.state == "ready"):
+                self.close()
+            raise
+
+    def _advance(self) -> list[Event]:
+        return self._reader.advance(self.connection.recv_into(self._reader.next_buffer()))
+
+    def _hear_out(self) -> None:
+        with suppress(TransportError):
+            while True:
+                for event in self._advance():
+                    if isinstance(event, Abort | Reject):
+                        self.session.handle(event)
+
+
 class Sender:
     """The prefill side: one authenticated connection, one request at a time.
 
     Raises:
         PeerLost, PeerSilent: nobody answers at the address, or the peer stops answering.
         AuthenticationFailed: the peer does not hold the token.
+        Rejected: the peer has another format, digest, fingerprint or profile.
 
     Example:
         with Sender(address, token) as sender:
@@ -70,13 +146,14 @@ class Sender:
         allow_remote: bool = False,
     ) -> None:
         self._identity = (fingerprint, profile)
-        self._session = SenderSession(token, fingerprint, profile)
-        self._reader = StreamReader()
-        self._asked_again: list[int] = []
-        self._connection = tcp.dial(
+        session = SenderSession(token, fingerprint, profile)
+        connection = tcp.dial(
             *address, timeout_s=silence_s, silence_s=silence_s, allow_remote=allow_remote
         )
-        self._pump_until(lambda: self._session.state == "ready")
+        self._link = _Link(connection, session)
+        self._asked_again: list[int] = []
+        with self._link.guard():
+            self._pump_until(lambda: session.state == "ready")
 
     def __enter__(self) -> "Sender":
         return self
@@ -86,22 +163,34 @@ class Sender:
 
     def close(self) -> None:
         """Close the connection; a request under way is lost to the peer."""
-        self._connection.close()
+        self._link.close()
+
+    @property
+    def capability(self) -> Capability:
+        """What the peer can hold; for `plan(..., capability=sender.capability)`."""
+        hello = self._link.session.hello
+        assert hello is not None
+        return Capability(cast(Drop, hello.drop), hello.codecs, hello.block)
 
     def send(self, kv: RequestKV, plan: Plan, request: bytes | None = None) -> Sent:
         """Send a planned request, layer by layer; returns when the peer has acknowledged it.
 
         Raises:
-            ShapeMismatch, CodecError: the plan is not for this cache.
-            Rejected, Busy: the peer does not take it; no KV byte has moved.
+            ShapeMismatch, PositionMismatch: the plan is not for this cache; nothing was offered.
+            Unsupported: the plan drops tokens that the peer must have; nothing was offered.
+            Rejected, Busy: the peer does not take it; no KV byte has moved, send something else.
+            CodecError: a value that its tier cannot hold.
             PeerLost, PeerSilent: the connection broke; nothing was acknowledged.
         """
-        if len(kv.layers) != len(plan.layers):
-            raise ShapeMismatch(f"planned {len(plan.layers)} layers, got {len(kv.layers)}")
+        check_planned(kv, plan)
+        for layer in plan.layers:
+            layer.check_drops(plan.menu, self.capability)
         transfer = self.open(plan.shape, plan.menu, plan.split, request)
         for layer_kv, layer in zip(kv.layers, plan.layers, strict=True):
-            transfer.send_layer(layer_kv, layer)
-        return transfer.finish()
+            transfer._send_layer(layer_kv, layer)
+        sent = transfer.finish()
+        assert sent.wire_nbytes == plan.nbytes, (sent.wire_nbytes, plan.nbytes)
+        return sent
 
     def open(
         self,
@@ -110,50 +199,48 @@ class Sender:
         split: Split = WHOLE,
         request: bytes | None = None,
     ) -> "Transfer":
-        """Offer a request whose layers follow as they are ready, each with its own plan."""
+        """Offer a request whose layers follow as they are ready, each with its own plan.
+
+        Raises:
+            BadInput: a shape that the format cannot name, or a request id that is not 16 bytes.
+            Rejected, Busy, PeerLost, PeerSilent: as `send`.
+        """
         started = time.perf_counter()
         offer = offer_of(shape, menu, request or secrets.token_bytes(16), *self._identity)
-        frame = self._session.offer(offer)
-        self._put([frame])
-        self._pump_until(lambda: self._session.state == "open")
+        frame = self._link.session.offer(offer)
+        with self._link.guard():
+            self._link.put([frame])
+            self._pump_until(lambda: self._link.session.state == "open")
         return Transfer(self, offer, split, len(frame), started)
 
     def _send_encoded(self, encoded: Encoded) -> int:
         """Send one manifest and its area as soon as the credit allows; returns the bytes sent."""
-        frame = self._session.manifest(encoded.manifest)
+        frame = self._link.session.manifest(encoded.manifest)
         nbytes = len(frame) + len(encoded.area)
-        self._pump_until(lambda: self._session.take_credit(nbytes))
-        self._put([frame, encoded.area])
+        self._pump_until(lambda: self._link.session.take_credit(nbytes))
+        self._link.put([frame, encoded.area])
         return nbytes
-
-    def _put(self, buffers: Sequence[frames.Buffer]) -> None:
-        with _farewell(self._connection, self._session):
-            self._connection.send(buffers)
 
     def _pump_until(self, done: Callable[[], bool]) -> None:
         """Read and answer frames until `done`."""
-        with _farewell(self._connection, self._session):
-            while not done():
-                self._read()
-
-    def _poll(self) -> None:
-        """Read and answer the frames that are already here."""
-        self._pump_until(lambda: not self._connection.readable(0))
-
-    def _read(self) -> None:
-        for event in _events(self._connection, self._reader):
-            self._connection.send(self._session.handle(event))
-            if isinstance(event, Resend):
-                self._asked_again.append(event.sequence)
+        while not done():
+            for event in self._link.get():
+                if isinstance(event, Resend):
+                    self._asked_again.append(event.sequence)
 
 
 class Transfer:
-    """One request on its way; made by `Sender.open`."""
+    """One request on its way; made by `Sender.open`.
+
+    The peer gives up when it hears nothing for its `silence_s`: while a layer takes longer than
+    that, call `ping`.
+    """
 
     def __init__(
         self, sender: Sender, offer: Offer, split: Split, offered_nbytes: int, started: float
     ) -> None:
         self._sender, self._offer, self._split, self._started = sender, offer, split, started
+        self._shapes = {layer.layer_id: layer for layer in offered_shape(offer).layers}
         self._menu = menu_of(offer)
         self._nbytes = offered_nbytes
         self._encode_s = 0.0
@@ -162,29 +249,35 @@ class Transfer:
         self._encoded: list[Encoded] = []
 
     def send_layer(self, kv: LayerKV, layer: LayerPlan) -> None:
-        """Encode one layer and send it."""
-        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded))
-        while True:
-            started = time.perf_counter()
-            encoded = next(pieces, None)
-            self._encode_s += time.perf_counter() - started
-            if encoded is None:
-                return
-            self._encoded.append(encoded)
-            self._nbytes += self._sender._send_encoded(encoded)
-            self._sender._poll()
-            self._send_again()
+        """Encode one layer and send it.
+
+        Raises:
+            ShapeMismatch: not a layer that was offered, or not the one that was planned.
+            Unsupported, CodecError, PeerLost, PeerSilent: as `Sender.send`.
+        """
+        if self._shapes.get(layer.shape.layer_id) != layer.shape:
+            raise ShapeMismatch(
+                f"{layer.shape} was not offered; offered: {list(self._shapes.values())}"
+            )
+        check_layer(kv, layer.shape)
+        layer.check_drops(self._menu, self._sender.capability)
+        self._send_layer(kv, layer)
+
+    def ping(self) -> None:
+        """Tell the peer that this side is still at work."""
+        with self._sender._link.guard():
+            self._sender._link.put([pack(Ping())])
+            self._answer()
 
     def finish(self) -> Sent:
         """Close the request and wait until the peer has acknowledged every piece."""
-        sender = self._sender
-        end = sender._session.end()
-        sender._put([end])
-        while sender._session.state != "ready":
-            sender._pump_until(
-                lambda: sender._session.state == "ready" or bool(sender._asked_again)
-            )
-            self._send_again()
+        sender, session = self._sender, self._sender._link.session
+        with sender._link.guard():
+            end = session.end()
+            sender._link.put([end])
+            while session.state != "ready":
+                sender._pump_until(lambda: session.state == "ready" or bool(sender._asked_again))
+                self._send_again()
         return Sent(
             request=self._offer.request,
             wire_nbytes=self._nbytes + len(end),
@@ -193,20 +286,67 @@ class Transfer:
             resent=self._resent,
         )
 
+    def _send_layer(self, kv: LayerKV, layer: LayerPlan) -> None:
+        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded))
+        with self._sender._link.guard():
+            while True:
+                started = time.perf_counter()
+                encoded = next(pieces, None)
+                self._encode_s += time.perf_counter() - started
+                if encoded is None:
+                    return
+                self._encoded.append(encoded)
+                self._nbytes += self._sender._send_encoded(encoded)
+                self._answer()
+
+    def _answer(self) -> None:
+        """Read and answer the frames that are already here."""
+        connection = self._sender._link.connection
+        self._sender._pump_until(lambda: not connection.readable(0))
+        self._send_again()
+
     def _send_again(self) -> None:
         while self._sender._asked_again:
             self._sender._send_encoded(self._encoded[self._sender._asked_again.pop(0)])
             self._resent += 1
 
 
+@dataclass(frozen=True)
+class _Admission(ReceiverConfig):
+    """Also refuses, before any KV byte, what this side's codecs or model could not take."""
+
+    expected: KVShape | None = None
+
+    def judge(self, offer: Offer) -> None:
+        super().judge(offer)
+        offered = offered_shape(offer)
+        if self.expected is None:
+            return
+        ours, theirs = _components(self.expected.layers), _components(offered.layers)
+        if list(ours) != list(theirs):
+            raise Rejected("shape", "layers", str(list(ours)), str(list(theirs)))
+        for layer_id, components in ours.items():
+            if components != theirs[layer_id]:
+                field = f"components of layer {layer_id}"
+                raise Rejected("shape", field, components, theirs[layer_id])
+
+
+def _components(layers: Sequence[LayerShape]) -> dict[int, str]:
+    return {
+        layer.layer_id: ", ".join(f"{c.name} {c.heads} x {c.channels}" for c in layer.components)
+        for layer in layers
+    }
+
+
 class Receiver:
     """The decode side: listens, authenticates one peer at a time, restores its requests.
 
-    `expected` is the shape of this side's model without tokens: an offer for other layers, heads or
-    channels is refused before any KV byte moves.
+    `expected` is the shape of this side's model, its tokens and dtype aside: an offer for other
+    layers, heads or channels is refused before any KV byte moves.
 
     Raises:
         AddressInUse: the port is taken.
+        Unsupported: a capability that this receiver does not have.
 
     Example:
         with Receiver(token) as receiver:
@@ -223,6 +363,7 @@ class Receiver:
         fingerprint: bytes = NOT_STATED,
         profile: bytes = NOT_STATED,
         capability: Capability | None = None,
+        expected: KVShape | None = None,
         max_request_nbytes: int = MAX_REQUEST_NBYTES,
         credit_nbytes: int = 2**28,
         lease_s: float = 60.0,
@@ -230,7 +371,12 @@ class Receiver:
         allow_remote: bool = False,
     ) -> None:
         capability = capability or Capability()
-        self._config = ReceiverConfig(
+        if capability.drop == "per_head" or capability.block != 1:
+            raise Unsupported(
+                f"this receiver holds one set of tokens per layer, any of them; {capability} is "
+                "not built, use drop='uniform' or 'none' and block=1"
+            )
+        self._config = _Admission(
             token=token,
             fingerprint=fingerprint,
             profile=profile,
@@ -240,6 +386,7 @@ class Receiver:
             credit_nbytes=credit_nbytes,
             max_request_nbytes=max_request_nbytes,
             lease_s=lease_s,
+            expected=expected,
         )
         self._tickets = TicketBook(time.monotonic)
         self._listener = tcp.listen(host, port, silence_s=silence_s, allow_remote=allow_remote)
@@ -257,111 +404,86 @@ class Receiver:
 
     def close(self) -> None:
         """Stop listening and drop the peer."""
-        self._drop_peer()
+        if self._peer is not None:
+            self._peer.link.close()
+            self._peer = None
         self._listener.close()
 
     def receive(self, timeout_s: float) -> Received:
         """The next complete request; waits at most `timeout_s` for it to be offered.
 
-        After an error the peer is dropped and the receiver can be used again.
+        The receiver can be used again after any error. A peer that broke off or broke the rules is
+        dropped then; one whose offer was refused, or that had nothing to offer yet, is not.
 
         Raises:
             PeerSilent: nothing was offered in time, or the peer stopped in the middle.
             PeerLost: the peer went away in the middle.
+            Rejected, Busy: the offer is not acceptable, and the peer was told so.
             AuthenticationFailed, WireError, CodecError: what the peer sent is not acceptable.
         """
         deadline = time.monotonic() + timeout_s
-        try:
-            while True:
-                received = self._next_request(deadline)
-                if received is not None:
-                    return received
-        except KVPrismError:
-            self._drop_peer()
-            raise
+        while True:
+            peer = self._peer = self._peer or self._accept(deadline)
+            try:
+                received = peer.next_request(deadline)
+            finally:
+                if peer.link.closed:
+                    self._peer = None
+            if received is not None:
+                return received
 
-    def _next_request(self, deadline: float) -> Received | None:
-        """None when the peer hung up between two requests, as a peer that has finished does."""
-        left = max(0.0, deadline - time.monotonic())
-        if self._peer is None:
-            connection = self._listener.accept(left)
-            self._peer = _Peer(connection, ReceiverSession(self._config, self._tickets))
-        try:
-            return self._peer.next_request(deadline)
-        except PeerLost:
-            if not self._peer.idle:
-                raise
-            self._drop_peer()
-            return None
-
-    def _drop_peer(self) -> None:
-        if self._peer is not None:
-            self._peer.connection.close()
-            self._peer = None
+    def _accept(self, deadline: float) -> "_Peer":
+        # A time-out of 0 would make the socket non-blocking instead.
+        connection = self._listener.accept(max(0.001, deadline - time.monotonic()))
+        return _Peer(_Link(connection, ReceiverSession(self._config, self._tickets)))
 
 
 class _Peer:
-    """One accepted connection and its session."""
+    """One accepted connection and what it brings."""
 
-    def __init__(self, connection: tcp.Connection, session: ReceiverSession) -> None:
-        self.connection, self.session = connection, session
-        self._reader = StreamReader()
-        connection.send([session.greeting()])
+    def __init__(self, link: _Link[ReceiverSession]) -> None:
+        self.link = link
+        self._introduced_by = time.monotonic() + link.connection.silence_s
+        with link.guard():
+            link.put([link.session.greeting()])
 
-    @property
-    def idle(self) -> bool:
-        return self.session.state == "ready"
-
-    def next_request(self, deadline: float) -> Received:
-        with _farewell(self.connection, self.session):
-            offer = self._wait_for_offer(deadline)
-            return self._restore(offer)
-
-    def _wait_for_offer(self, deadline: float) -> Offer:
+    def next_request(self, deadline: float) -> Received | None:
+        """None when the peer hung up between two requests, as one that has finished does."""
         while True:
-            # An authenticated peer may think for as long as the caller waits; others may not.
-            if self.idle and not self.connection.readable(max(0.0, deadline - time.monotonic())):
+            # A peer that we know may think for as long as the caller waits; others may not.
+            idle = self.link.session.state == "ready"
+            left = deadline - time.monotonic()
+            if idle and not self.link.connection.readable(max(0.0, left)):
                 raise PeerSilent("no request was offered in time")
-            for event in self._handled_events():
-                if isinstance(event, Offer):
-                    return event
+            with self.link.guard():
+                if not idle and time.monotonic() > self._introduced_by:
+                    raise PeerSilent("the peer did not introduce itself in time")
+                try:
+                    events = self.link.get()
+                except PeerLost:
+                    if not idle:
+                        raise
+                    self.link.close()
+                    return None
+                for event in events:
+                    if isinstance(event, Offer):
+                        return self._restore(event)
 
     def _restore(self, offer: Offer) -> Received:
         started = time.perf_counter()
-        assembler = Assembler(offer, self.session.config.max_request_nbytes)
-        nbytes, decode_s = len(frames.pack(offer)), 0.0
-        while not self.session.complete:
-            for event in self._handled_events():
+        session = self.link.session
+        assembler = Assembler(offer, session.config.max_request_nbytes)
+        nbytes, decode_s = frame_nbytes(offer), 0.0
+        while not session.complete:
+            session.tickets.check(session, session.request, session.ticket)  # a lease may run out
+            for event in self.link.get():
                 if isinstance(event, Segments):
                     before = time.perf_counter()
                     assembler.add(event)
                     decode_s += time.perf_counter() - before
-                    self.connection.send([self.session.consumed(event.manifest)])
-                    nbytes += len(frames.pack(event.manifest)) + len(event.area)
+                    self.link.put([session.consumed(event.manifest)])
+                    nbytes += manifest_nbytes(event.manifest)
                 elif isinstance(event, End):
-                    nbytes += len(frames.pack(event))
+                    nbytes += frame_nbytes(event)
         seconds = time.perf_counter() - started
         return Received(offer.request, assembler.finish(), nbytes, decode_s, seconds)
-
-    def _handled_events(self) -> Iterator[Event]:
-        for event in _events(self.connection, self._reader):
-            self.connection.send(self.session.handle(event))
-            yield event
-
-
-def _events(connection: tcp.Connection, reader: StreamReader) -> Sequence[Event]:
-    return reader.advance(connection.recv_into(reader.next_buffer()))
-
-
-@contextmanager
-def _farewell(
-    connection: tcp.Connection, session: SenderSession | ReceiverSession
-) -> Iterator[None]:
-    """On any error of ours tell the peer why, then close, so that it need not wait for a deadline."""
-    try:
-        yield
-    except KVPrismError as error:
-        with suppress(TransportError):
-            connection.send(session.farewell(error))
-        connection.close()
-        raise

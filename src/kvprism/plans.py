@@ -1,13 +1,15 @@
-"""Plans: which tier every (layer, component, head, token) takes, and their exact cost. numpy only."""
+"""Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
+import msgspec
 import numpy as np
 
-from kvprism.core import MENU, KVShape, LayerShape, Tier
-from kvprism.errors import ShapeMismatch
+from kvprism.core import DROP_CODEC, MENU, Capability, KVShape, LayerShape, Tier
+from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.layout import (
     WHOLE,
     Split,
@@ -17,7 +19,8 @@ from kvprism.layout import (
     plane_nbytes,
     ranges,
 )
-from kvprism.wire import frames
+from kvprism.wire.frames import DIGEST_BLOCK, frame_nbytes
+from kvprism.wire.intake import manifest_nbytes
 from kvprism.wire.messages import (
     DIGEST,
     FORMAT,
@@ -40,22 +43,52 @@ class LayerPlan:
     """One layer's tiers: component -> uint8 `[head, token]`, indices into the plan's menu.
 
     Raises:
-        ShapeMismatch: an array that does not fit the layer's shape.
+        ShapeMismatch: other components than the layer has, or an array that does not fit them.
     """
 
     shape: LayerShape
     tier_of: Mapping[str, TierArray]
 
     def __post_init__(self) -> None:
+        names = [component.name for component in self.shape.components]
+        if sorted(names) != sorted(self.tier_of):
+            raise ShapeMismatch(
+                f"layer {self.shape.layer_id}: expected tiers for {names}, got {list(self.tier_of)}"
+            )
         for name, heads, _ in self.shape.components:
-            expected = (heads, self.shape.n_tokens)
-            got = self.tier_of[name] if name in self.tier_of else None
-            if got is None or got.shape != expected or got.dtype != np.uint8:
-                found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
+            expected, got = (heads, self.shape.n_tokens), self.tier_of[name]
+            if got.shape != expected or got.dtype != np.uint8:
                 raise ShapeMismatch(
                     f"layer {self.shape.layer_id} component {name!r}: expected uint8 "
-                    f"{list(expected)} tiers, got {found}"
+                    f"{list(expected)} tiers, got {got.dtype} {list(got.shape)}"
                 )
+
+    def check_drops(self, menu: Sequence[Tier], capability: Capability) -> None:
+        """Refuse a layer whose missing tokens the receiver cannot hold.
+
+        Raises:
+            Unsupported: it drops tokens at all, or in blocks, or not the same ones in all heads and
+                components.
+        """
+        drops = np.array([tier.codec == DROP_CODEC for tier in menu])
+        rows = np.concatenate([drops[tiers] for tiers in self.tier_of.values()])
+        if not rows.any():
+            return
+        if capability.drop == "none":
+            raise Unsupported(
+                f"layer {self.shape.layer_id} drops tokens and the receiver's capability is "
+                "drop=none; choose a policy that keeps every token, such as spectrum"
+            )
+        if capability.block != 1:
+            raise Unsupported(
+                f"the receiver drops tokens in blocks of {capability.block} and only blocks of 1 "
+                "are built; choose a policy that keeps every token, such as spectrum"
+            )
+        if capability.drop == "uniform" and (rows != rows[0]).any():
+            raise Unsupported(
+                f"layer {self.shape.layer_id} drops other tokens in some heads or components than "
+                "in others and the receiver's capability is drop=uniform; drop the same in all"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +96,9 @@ class Plan:
     """A tier for every row of a request; `nbytes` is what `encode` will produce, to the byte.
 
     Raises:
-        BadInput: a menu that is not legal for these shapes, or a tier beyond it.
+        BadInput: a menu that is not legal for these shapes, a tier beyond it, or layers that do not
+            ascend.
+        Unsupported: a tier that is not built.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -72,12 +107,16 @@ class Plan:
     policy: str = ""
 
     def __post_init__(self) -> None:
-        for layer in self.layers:
-            for name, _, channels in layer.shape.components:
-                check_menu(self.menu, channels, layer.shape.itemsize)
-                highest = int(layer.tier_of[name].max())
-                if highest >= len(self.menu):
-                    raise ShapeMismatch(f"tier {highest} in a menu of {len(self.menu)}")
+        for layer in self.shape.layers:
+            for _, _, channels in layer.components:
+                check_menu(self.menu, channels, layer.itemsize)
+        for planned in self.layers:
+            highest = max(int(tiers.max()) for tiers in planned.tier_of.values())
+            if highest >= len(self.menu):
+                raise ShapeMismatch(
+                    f"layer {planned.shape.layer_id} takes tier {highest}, the menu has 0 to "
+                    f"{len(self.menu) - 1}"
+                )
 
     @cached_property
     def shape(self) -> KVShape:
@@ -114,7 +153,11 @@ def offer_of(
     fingerprint: bytes = NOT_STATED,
     profile: bytes = NOT_STATED,
 ) -> Offer:
-    """The frame that opens a request's stream: what will be sent, in which codes."""
+    """The frame that opens a request's stream: what will be sent, in which codes.
+
+    Raises:
+        BadInput: a number or name that the format has no room for.
+    """
     layers = tuple(
         LayerEntry(
             layer.layer_id,
@@ -124,16 +167,20 @@ def offer_of(
         )
         for layer in shape.layers
     )
-    entries = tuple(TierEntry(tier.codec, tier.bits, tier.name) for tier in menu)
-    return Offer(
+    offer = Offer(
         format=FORMAT,
         digest=DIGEST,
         request=request,
         fingerprint=fingerprint,
         profile=profile,
-        menu=entries,
+        menu=tuple(TierEntry(tier.codec, tier.bits, tier.name) for tier in menu),
         layers=layers,
     )
+    try:
+        # msgspec checks the bounds of a message when it reads one, not when it makes one.
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(offer), type=Offer)
+    except msgspec.ValidationError as error:
+        raise BadInput(f"the format has no room for this cache or its names: {error}") from error
 
 
 def manifests_of(
@@ -145,15 +192,22 @@ def manifests_of(
     ticket: bytes = NO_ID,
 ) -> Iterator[Manifest]:
     """One layer's manifests with zero digests, one per (token range, head range) of the split."""
-    most_heads = max(component.heads for component in layer.shape.components)
-    sequence = first_sequence
-    for tokens in ranges(*layer.shape.token_range, split.tokens):
-        for heads in ranges(0, most_heads, split.heads):
-            maps, blocks = _blocks(layer, menu, heads, tokens)
-            yield Manifest(
-                request=request, ticket=ticket, sequence=sequence, maps=maps, blocks=blocks
-            )
-            sequence += 1
+    for sequence, (tokens, heads) in enumerate(_rectangles(layer.shape, split), first_sequence):
+        maps, blocks = _blocks(layer, menu, heads, tokens)
+        yield Manifest(request=request, ticket=ticket, sequence=sequence, maps=maps, blocks=blocks)
+
+
+def n_manifests(shape: LayerShape, split: Split) -> int:
+    """How many manifests carry a layer."""
+    return sum(1 for _ in _rectangles(shape, split))
+
+
+def _rectangles(
+    shape: LayerShape, split: Split
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """(token range, head range) of every manifest."""
+    most_heads = max(component.heads for component in shape.components)
+    return product(ranges(*shape.token_range, split.tokens), ranges(0, most_heads, split.heads))
 
 
 def end_of(manifests: int, nbytes: int, request: bytes = NO_ID, ticket: bytes = NO_ID) -> End:
@@ -184,7 +238,7 @@ def _blocks(
         if tier_map not in maps:
             maps.append(tier_map)
         segments = tuple(
-            Segment(int(plane), size, bytes(8 * -(-size // frames.DIGEST_BLOCK)))
+            Segment(int(plane), size, bytes(8 * -(-size // DIGEST_BLOCK)))
             for plane, size in plane_nbytes(tiers, menu, channels, layer.shape.itemsize).items()
         )
         blocks.append(
@@ -197,19 +251,16 @@ def layer_nbytes(
     layer: LayerPlan, menu: Sequence[Tier], split: Split = WHOLE, first_sequence: int = 0
 ) -> tuple[int, int]:
     """Exact wire bytes of one layer, and how many manifests carry it."""
-    nbytes = count = 0
-    for manifest in manifests_of(layer, menu, split, first_sequence):
-        nbytes += len(frames.pack(manifest)) + frames.segments_nbytes(manifest)
-        count += 1
-    return nbytes, count
+    sizes = [manifest_nbytes(m) for m in manifests_of(layer, menu, split, first_sequence)]
+    return sum(sizes), len(sizes)
 
 
 def stream_nbytes(layers: Sequence[LayerPlan], menu: Sequence[Tier], split: Split = WHOLE) -> int:
     """Length of the stream that carries these layers, from the plan alone."""
-    nbytes = len(frames.pack(offer_of(KVShape(tuple(la.shape for la in layers)), menu)))
+    nbytes = frame_nbytes(offer_of(KVShape(tuple(la.shape for la in layers)), menu))
     sequence = 0
     for layer in layers:
         more, count = layer_nbytes(layer, menu, split, sequence)
         nbytes += more
         sequence += count
-    return nbytes + len(frames.pack(end_of(sequence, nbytes)))
+    return nbytes + frame_nbytes(end_of(sequence, nbytes))

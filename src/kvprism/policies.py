@@ -1,21 +1,20 @@
 """Policies as rows: name -> order of tokens x curve of tier counts x protected tokens x tempo."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kvprism.codec.reference import quantisable
-from kvprism.core import DROP_CODEC, MENUS, Budget, Capability, KVShape, Tier
-from kvprism.errors import BadInput, BudgetTooSmall, UnknownName, Unsupported
-from kvprism.layout import WHOLE, Split
+from kvprism.core import MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.errors import BadInput, Unsupported
+from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
 from kvprism.profiles import Profile
 from kvprism.registry import Registry
-from kvprism.score import DECAY, SINKS, importance
+from kvprism.score import DECAY, SCORERS, SINKS, check_decay, ranking
 from kvprism.solve import (
     ALL_INT4,
     ALL_INT8,
@@ -27,6 +26,9 @@ from kvprism.solve import (
     Family,
     Pinned,
     TokenProblem,
+    check_one_range,
+    smallest_layers,
+    smallest_prompt,
     solve_layers,
     solve_nominal,
     solve_prompt,
@@ -94,25 +96,37 @@ POLICIES = Registry(
 )
 
 
+CODECS = Registry("codec", list(MENUS.items()))
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """The settings of a plan beside policy and budget.
 
-    importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the end;
-    seed: for the random orders; codec: `nested` (ours) or `published` (the papers' code).
+    importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
+    end; seed: for the random orders; codec: `nested` (ours) or `published` (the papers' code);
+    split: how the stream is cut, by default as `layout.split_of` says.
+
+    Raises:
+        UnknownName: no such importance or codec.
+        BadInput: a negative seed or decay.
     """
 
     importance: str = "attention"
     decay: float = DECAY
     seed: int = 0
     codec: str = "nested"
-    split: Split = WHOLE
+    split: Split | None = None
+
+    def __post_init__(self) -> None:
+        SCORERS[self.importance], CODECS[self.codec]
+        check_decay(self.decay)
+        if self.seed < 0:
+            raise BadInput(f"a seed must not be negative, got {self.seed}")
 
     @property
     def menu(self) -> tuple[Tier, ...]:
-        if self.codec not in MENUS:
-            raise UnknownName("codec", self.codec, list(MENUS))
-        return MENUS[self.codec]
+        return CODECS[self.codec]
 
 
 DEFAULT_OPTIONS = PlanOptions()
@@ -131,72 +145,53 @@ def plan(
     """Decide the tier of every token of a captured prompt.
 
     view: one `LayerView` per layer; budget: `0.30`, `"30%"`, `"512MiB"`, `"512tok"`, a cap on *all*
-    wire bytes (none for the fixed-rate policies); nominal: read the fraction as the paper's payload-only
-    budget instead.
+    wire bytes (none for the fixed-rate policies); nominal: read the fraction as the paper's
+    payload-only budget instead.
 
     Raises:
-        UnknownName: no such policy, importance or codec.
+        UnknownName: no such policy.
         BudgetTooSmall: nothing legal fits; carries the minimum.
         MissingSignal: importance `attention` without captured queries.
-        Unsupported: the receiver's capability rules the policy out.
-        BadInput: a budgeted policy without a budget.
+        Unsupported: the receiver's capability rules the policy out, or layers of different tokens.
+        BadInput: a budgeted policy without a budget, or a profile of another number of layers.
     """
-    row = POLICIES[policy]
+    row, menu = POLICIES[policy], options.menu
+    capability = capability or Capability()
+    missing = [tier.codec for tier in menu if tier.codec not in capability.codecs]
+    if missing:
+        raise Unsupported(
+            f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
+            f"choose another codec than {options.codec!r}"
+        )
     shape = KVShape(tuple(layer.kv.shape() for layer in view))
-    _check_capability(policy, row, options.menu, capability or Capability())
-    if row.budgeted and budget is None:
-        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    problems = _problems(policy, shape, view, options)
     if nominal and row.budgeted:
-        return solve_nominal(_problem(policy, view, options), shape, _fraction(budget))
-    limit = None if budget is None else Budget.parse(budget, shape)
-    if row.tempo == "per_layer" and limit is not None:
-        problems = [_problem(policy, [layer], options) for layer in view]
-        return solve_layers(problems, shape, limit, layer_shares(shape, profile))
-    plan = solve_prompt(_problem(policy, view, options), shape, limit if row.budgeted else None)
-    if limit is not None and plan.nbytes > limit.nbytes:
-        raise BudgetTooSmall(policy, plan.nbytes, limit.nbytes, shape.reference_nbytes)
-    return plan
+        planned = _solve_nominal(problems, shape, _fraction(budget))
+    else:
+        planned = _solve(policy, problems, shape, budget, profile)
+    for layer in planned.layers:
+        layer.check_drops(menu, capability)
+    return planned
 
 
 def plan_shape(
     shape: KVShape, policy: str, budget: str | None, options: PlanOptions = DEFAULT_OPTIONS
 ) -> Plan:
-    """A dry run: the policy's plan for a cache that does not exist yet, most recent tokens first."""
-    row, problem = POLICIES[policy], _dry_problem(shape, policy, options)
-    if not row.budgeted:
-        return solve_prompt(problem, shape, None)
-    if budget is None:
-        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
-    limit = Budget.parse(budget, shape)
-    if row.tempo == "per_layer":
-        shares = layer_shares(shape, None)
-        return solve_layers([problem] * len(shape.layers), shape, limit, shares)
-    return solve_prompt(problem, shape, limit)
+    """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
+
+    Raises:
+        UnknownName, BudgetTooSmall, Unsupported, BadInput: as `plan`.
+    """
+    problems = _problems(policy, shape, (), options)
+    return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, None)
 
 
 def smallest_nbytes(shape: KVShape, policy: str, options: PlanOptions = DEFAULT_OPTIONS) -> int:
-    """The fewest wire bytes that the policy can send this cache in."""
-    problem = _dry_problem(shape, policy, options)
-    return solve_nominal(problem, shape, problem.family.floor).nbytes
-
-
-def _dry_problem(shape: KVShape, policy: str, options: PlanOptions) -> TokenProblem:
-    row, n = POLICIES[policy], shape.layers[0].n_tokens
-    protected = _protected(row, n)
-    order = np.arange(n)[::-1]
-    return TokenProblem(
-        policy,
-        row.family,
-        order[~np.isin(order, protected)],
-        protected,
-        options.menu,
-        {},
-        options.split,
-    )
-
-
-def _protected(row: Policy, n: int) -> NDArray[np.intp]:
-    return np.unique(np.r_[0 : min(row.sinks, n), max(0, n - row.recent) : n])
+    """The smallest budget in bytes that the policy can do with."""
+    problems = _problems(policy, shape, (), options)
+    if POLICIES[policy].tempo == "per_layer":
+        return smallest_layers(problems, shape, layer_shares(shape, None))
+    return smallest_prompt(problems[0], shape)
 
 
 def layer_shares(shape: KVShape, profile: Profile | None) -> tuple[float, ...]:
@@ -204,6 +199,34 @@ def layer_shares(shape: KVShape, profile: Profile | None) -> tuple[float, ...]:
     if profile is not None and profile.layer_shares is not None:
         return profile.layer_shares
     return tuple(float(layer.reference_nbytes) for layer in shape.layers)
+
+
+def _solve(
+    policy: str,
+    problems: Sequence[TokenProblem],
+    shape: KVShape,
+    budget: str | float | Budget | None,
+    profile: Profile | None,
+) -> Plan:
+    row = POLICIES[policy]
+    if budget is None:
+        if row.budgeted:
+            raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+        return solve_prompt(problems[0], shape, None)
+    limit = Budget.parse(budget, shape)
+    if row.tempo == "per_layer":
+        return solve_layers(problems, shape, limit, layer_shares(shape, profile))
+    return solve_prompt(problems[0], shape, limit)
+
+
+def _solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
+    if len(problems) == 1:
+        return solve_nominal(problems[0], shape, b)
+    alone = [
+        solve_nominal(problem, KVShape((layer,)), b)
+        for problem, layer in zip(problems, shape.layers, strict=True)
+    ]
+    return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
 
 
 def _fraction(budget: str | float | Budget | None) -> float:
@@ -216,50 +239,59 @@ def _fraction(budget: str | float | Budget | None) -> float:
         ) from error
 
 
-def _check_capability(
-    policy: str, row: Policy, menu: tuple[Tier, ...], capability: Capability
-) -> None:
-    if row.family.floor < 0.25 and capability.drop == "none":
-        raise Unsupported(
-            f"policy {policy!r} drops tokens and the receiver's capability is drop=none; "
-            "choose a policy that keeps every token, such as spectrum"
-        )
-    missing = [t.codec for t in menu if t.codec != DROP_CODEC and not capability.allows(t)]
-    if missing:
-        raise Unsupported(f"the receiver does not read {missing}; it reads {capability.codecs}")
+def _problems(
+    policy: str, shape: KVShape, view: Sequence[LayerView], options: PlanOptions
+) -> list[TokenProblem]:
+    """One problem for all layers, or one for each; without a view it is a dry run."""
+    split = options.split or split_of(shape)
+    if POLICIES[policy].tempo == "per_layer":
+        views = [[layer] for layer in view] or [[]] * len(shape.layers)
+        return [
+            _problem(policy, layer, its_view, options, split)
+            for layer, its_view in zip(shape.layers, views, strict=True)
+        ]
+    check_one_range(shape)
+    return [_problem(policy, shape.layers[0], view, options, split)]
 
 
-def _problem(policy: str, view: Sequence[LayerView], options: PlanOptions) -> TokenProblem:
+def _problem(
+    policy: str, layer: LayerShape, view: Sequence[LayerView], options: PlanOptions, split: Split
+) -> TokenProblem:
     row = POLICIES[policy]
-    n = len(view[0].kv.positions)
-    protected = _protected(row, n)
-    order = _order(row, view, options)
+    order = _order(row, layer.n_tokens, view, options)
+    protected = _protected(row, layer)
     return TokenProblem(
-        policy,
-        row.family,
-        order[~np.isin(order, protected)],
-        protected,
-        options.menu,
-        _pinned(view, options.menu),
-        options.split,
+        policy=policy,
+        family=row.family,
+        order=order[~np.isin(order, protected)],
+        protected=protected,
+        menu=options.menu,
+        pinned=_pinned(view, options.menu),
+        split=split,
     )
 
 
-def _order(row: Policy, view: Sequence[LayerView], options: PlanOptions) -> NDArray[np.intp]:
+def _order(
+    row: Policy, n: int, view: Sequence[LayerView], options: PlanOptions
+) -> NDArray[np.intp]:
     """Token indices, most important first."""
-    n = len(view[0].kv.positions)
-    if not row.budgeted:
-        return np.arange(n)
-    if row.order == "recency":
-        return np.arange(n)[::-1]
-    if row.order == "ends":
-        inward = np.minimum(np.arange(n), np.arange(n)[::-1])
-        return np.argsort(inward, kind="stable")
+    recency = np.arange(n)[::-1]
     if row.order == "random":
         return np.random.default_rng(options.seed).permutation(n)
-    scores = [importance(layer, options.importance, options.decay).mean(dim=0) for layer in view]
-    mean = torch.stack(scores).mean(dim=0)
-    return np.argsort(-mean.numpy(), kind="stable")
+    if row.order == "ends":
+        return np.argsort(np.minimum(recency, recency[::-1]), kind="stable")
+    if row.order == "recency" or not row.budgeted or not view:
+        return recency
+    ranks = ranking(view, options.importance, options.decay)
+    return np.argsort(-ranks.cpu().numpy(), kind="stable")
+
+
+def _protected(row: Policy, layer: LayerShape) -> NDArray[np.intp]:
+    """Token indices that stay native; sinks are the first of the prompt, not of a part of it."""
+    start, stop = layer.token_range
+    sinks = np.arange(start, max(start, min(stop, row.sinks)))
+    recent = np.arange(max(start, stop - row.recent), stop)
+    return np.union1d(sinks, recent) - start
 
 
 def _pinned(view: Sequence[LayerView], menu: tuple[Tier, ...]) -> Pinned:

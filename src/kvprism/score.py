@@ -1,6 +1,7 @@
 """Pure scorers: LayerView -> float32 `[head, token]`, higher = keep, finite."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +14,7 @@ DECAY = 0.01
 
 
 def window_attention(view: LayerView) -> torch.Tensor:
-    """Mean attention that the last window's queries pay to each token, per KV head (SpectrumKV A_j).
+    """SpectrumKV's A_j: the mean attention that the last window pays to each token, per KV head.
 
     Memory is O(q_head * window * token); the causal mask holds inside the window.
 
@@ -33,8 +34,10 @@ def window_attention(view: LayerView) -> torch.Tensor:
     logits = logits.view(heads, -1, window, tokens)
     if view.softcap is not None:
         logits = torch.tanh(logits / view.softcap) * view.softcap
-    future = torch.ones(window, tokens, dtype=torch.bool).triu(tokens - window + 1)
-    return logits.masked_fill(future, -math.inf).softmax(dim=-1).mean(dim=(1, 2))
+    future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tokens - window + 1)
+    # One key that is not finite would otherwise make the attention to every token NaN.
+    logits = torch.nan_to_num(logits).masked_fill(future, -math.inf)
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
 def position(view: LayerView) -> torch.Tensor:
@@ -44,16 +47,17 @@ def position(view: LayerView) -> torch.Tensor:
     from 0.3 to 0.8; min-max normalised.
     """
     heads, tokens = view.kv.components["k"].shape[:2]
-    i = torch.arange(tokens, dtype=torch.float32)
+    i = view.kv.positions.float()
     score = torch.where(i < SINKS, 1.0, torch.exp(-0.01 * (i - SINKS)))
     recent = tokens - int(0.8 * tokens)
-    score[tokens - recent :] = score[tokens - recent :].maximum(torch.linspace(0.3, 0.8, recent))
+    ramp = torch.linspace(0.3, 0.8, recent, device=i.device)
+    score[tokens - recent :] = score[tokens - recent :].maximum(ramp)
     span = score.max() - score.min()
     return ((score - score.min()) / span.clamp_min(1e-12)).expand(heads, tokens)
 
 
 def norm(view: LayerView) -> torch.Tensor:
-    """SpectrumKV's fall-back without attention: key norm plus value norm (the paper gives no formula)."""
+    """SpectrumKV's fall-back without attention: key norm plus value norm (it gives no formula)."""
     k, v = view.kv.components["k"].float(), view.kv.components["v"].float()
     return torch.nan_to_num(k.norm(dim=-1) + v.norm(dim=-1))
 
@@ -63,18 +67,29 @@ SCORERS = Registry(
 )
 
 
-def importance(view: LayerView, kind: str = "attention", decay: float = DECAY) -> torch.Tensor:
-    """SpectrumKV's I_j = A_j exp(-lambda Delta_j), Delta_j = n - j, as float32 `[head, token]`.
+def ranking(
+    views: Sequence[LayerView], kind: str = "attention", decay: float = DECAY
+) -> torch.Tensor:
+    """SpectrumKV's importance I_j = A_j exp(-lambda Delta_j), Delta_j = n - j, in logarithms.
 
-    `position` is itself a function of the distance, so no decay is applied to it.
+    A_j is the mean over the heads of all views; the result is float64 `[token]`. In logarithms,
+    because exp(-lambda Delta_j) is 0 in float32 beyond 10,000 tokens (lambda = 0.01), and those
+    tokens would all rank as one. `position` is a function of the distance, so it has no decay.
 
     Raises:
-        MissingSignal, UnknownName, BadInput: no queries; no such kind; a negative decay.
+        MissingSignal: the scorer needs something that was not captured.
+        UnknownName: no such kind.
+        BadInput: a decay that is negative or not finite.
     """
-    if decay < 0:
-        raise BadInput(f"decay must not be negative, got {decay}")
-    score = SCORERS[kind](view)
+    check_decay(decay)
+    score = torch.stack([SCORERS[kind](view).double().mean(dim=0) for view in views]).mean(dim=0)
     if kind == "position":
         return score
-    distance = score.shape[1] - torch.arange(score.shape[1], dtype=torch.float32)
-    return score * torch.exp(-decay * distance)
+    distance = torch.arange(len(score), 0, -1, dtype=score.dtype, device=score.device)
+    return score.clamp_min(torch.finfo(score.dtype).tiny).log() - decay * distance
+
+
+def check_decay(decay: float) -> None:
+    """Raises `BadInput` for a decay that is negative or not finite."""
+    if not 0 <= decay < math.inf:
+        raise BadInput(f"decay must be finite and not negative, got {decay}")

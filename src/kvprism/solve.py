@@ -1,25 +1,38 @@
-"""Budget solvers: an order of tokens, a family of tier counts and a budget -> an exact plan. No torch.
+"""Budget solvers: an order of tokens, a family of tier counts, a budget -> an exact plan. No torch.
 
 SpectrumKV states its planners as tier fractions of a *nominal* budget b = mean_j c(q_j) with
 c(16) = 1, c(8) = 1/2, c(4) = 1/4, blind to scales, maps and headers. A `Family` is one such curve;
 the exact planners find the largest b whose plan, to the last wire byte, fits the budget.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, pairwise
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprism.core import Budget, KVShape, LayerShape, Tier
+from kvprism.core import Budget, KVShape, LayerShape, Tier, apportion, least_total
 from kvprism.errors import BadInput, BudgetTooSmall, Unsupported
-from kvprism.layout import WHOLE, Split, TierArray
-from kvprism.plans import LayerPlan, Plan, end_of, layer_nbytes, offer_of, stream_nbytes
-from kvprism.wire import frames
+from kvprism.layout import WHOLE, Split, TierArray, row_nbytes
+from kvprism.plans import (
+    LayerPlan,
+    Plan,
+    end_of,
+    layer_nbytes,
+    n_manifests,
+    offer_of,
+    stream_nbytes,
+)
+from kvprism.wire.frames import frame_nbytes
 
 Pinned = Mapping[int, Mapping[str, NDArray[np.bool_]]]
 NATIVE_INDEX, INT8_INDEX, INT4_INDEX, DROP_INDEX = range(4)
+MAX_NBYTES = 2**48  # the largest number that END may hold
 
 
 class TierCounts(NamedTuple):
@@ -41,6 +54,11 @@ class Family:
     floor: float
     counts: Callable[[float, int], TierCounts]
 
+    @property
+    def drops(self) -> bool:
+        """Whether some member keeps fewer tokens than there are."""
+        return sum(self.counts(self.floor, 1)) < 1
+
 
 def _floor(share: float, n: int) -> int:
     # 4b - 1 at b = 0.3 is 0.19999999999999996: without the slack a token would be lost to rounding.
@@ -57,15 +75,12 @@ def greedy(b: float, n: int) -> TierCounts:
 
 
 def balanced(b: float, n: int) -> TierCounts:
-    """SpectrumKV Balanced: R = 4b - 1; R/5 native, 2R/5 INT8, the rest INT4 until that is used up."""
+    """SpectrumKV Balanced: R = 4b - 1; R/5 native, 2R/5 INT8, the rest INT4 while there is any."""
     surplus = 4 * b - 1
-    native, int8 = surplus / 5, 2 * surplus / 5
-    if native + int8 > 1:
-        native = 2 * b - 1
-        int8 = 1 - native
-    n_native = _floor(native, n)
-    n_int8 = min(_floor(int8, n), n - n_native)
-    return TierCounts(n_native, n_int8, n - n_native - n_int8)
+    if surplus > 5 / 3:  # no INT4 is left: as Greedy
+        return greedy(b, n)
+    native, int8 = _floor(surplus / 5, n), _floor(2 * surplus / 5, n)
+    return TierCounts(native, int8, n - native - int8)
 
 
 def two_tier(b: float, n: int) -> TierCounts:
@@ -94,8 +109,8 @@ class TokenProblem:
     """What a token solver needs: who goes first, on which curve, and what must stay native.
 
     order: token indices, most important first, protected tokens left out; protected: token indices
-    that are always native; pinned: layer -> component -> bool `[head, token]` rows that no quantised
-    tier can hold.
+    that are always native; pinned: layer -> component -> bool `[head, token]` rows that no
+    quantised tier can hold.
     """
 
     policy: str
@@ -111,7 +126,7 @@ class TokenProblem:
         counts = self.family.counts(b, len(self.order))
         tiers = np.full(len(self.order) + len(self.protected), DROP_INDEX, np.uint8)
         bounds = np.cumsum([0, *counts])
-        for tier, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for tier, (low, high) in enumerate(pairwise(bounds)):
             tiers[self.order[low:high]] = tier
         tiers[self.protected] = NATIVE_INDEX
         return tiers
@@ -133,25 +148,108 @@ class TokenProblem:
         return tuple(self.layer(layer, tiers) for layer in shape.layers)
 
 
+class _Curve:
+    """The exact wire bytes of a family's members for some layers, and the search along them.
+
+    The bytes do not grow with b everywhere: a tier that comes to an end takes its padding and its
+    bits of the tier map with it. `_least`, payload and bare framing, does grow and lies below them,
+    so it bounds where to look.
+    """
+
+    def __init__(
+        self,
+        problem: TokenProblem,
+        layers: Sequence[LayerShape],
+        nbytes: Callable[[Sequence[LayerPlan]], int],
+    ) -> None:
+        self._problem, self._layers, self._nbytes = problem, layers, nbytes
+        self._floor, n = problem.family.floor, len(problem.order)
+        # Balanced has the finest curve: one of its counts changes with every 5/8 of a token in b.
+        self._steps = range(8 * n + 1 if self._floor < 1 else 1)
+        self._token_nbytes = [
+            sum(
+                component.heads * row_nbytes(tier, component.channels, layer.itemsize)
+                for layer in layers
+                for component in layer.components
+            )
+            for tier in problem.menu[:DROP_INDEX]
+        ]
+        dropped = np.full(n + len(problem.protected), DROP_INDEX, np.uint8)
+        self._framing = nbytes([problem.layer(layer, dropped) for layer in layers])
+
+    def smallest(self) -> int:
+        """The fewest bytes of any member."""
+        best: float = inf
+        for step in self._distinct(self._steps):
+            if self._least(step) >= best:
+                break
+            best = min(best, self._cost(step))
+        return int(best)
+
+    def largest(self, given: int) -> float:
+        """The largest b that fits; `given` is at least `smallest()`."""
+        high = bisect_right(self._steps, given, key=self._least)
+        steps = self._distinct(reversed(self._steps[:high]))
+        return self._b(next(step for step in steps if self._cost(step) <= given))
+
+    def _b(self, step: int) -> float:
+        return self._floor + (1 - self._floor) * step / max(1, self._steps[-1])
+
+    def _counts(self, step: int) -> TierCounts:
+        return self._problem.family.counts(self._b(step), len(self._problem.order))
+
+    def _cost(self, step: int) -> int:
+        tiers = self._problem.tiers(self._b(step))
+        return self._nbytes([self._problem.layer(layer, tiers) for layer in self._layers])
+
+    def _least(self, step: int) -> int:
+        native, int8, int4 = self._counts(step)
+        counts = (native + len(self._problem.protected), int8, int4)
+        sizes = zip(counts, self._token_nbytes, strict=True)
+        return self._framing + sum(count * nbytes for count, nbytes in sizes)
+
+    def _distinct(self, steps: Iterable[int]) -> Iterator[int]:
+        """The steps at which the counts change."""
+        for _, same in groupby(steps, key=self._counts):
+            yield next(same)
+
+
 def solve_prompt(problem: TokenProblem, shape: KVShape, budget: Budget | None) -> Plan:
     """One tier per token for all layers: the largest b that fits the exact budget.
 
     Raises:
-        BudgetTooSmall: even the family's floor does not fit; carries the minimum.
+        BudgetTooSmall: no member of the family fits; carries the minimum.
         Unsupported: layers of different token ranges.
     """
-    if len({layer.token_range for layer in shape.layers}) > 1:
-        raise Unsupported("one tier map for all layers needs layers of one token range")
+    b = 1.0
+    if budget is not None:
+        needed = smallest_prompt(problem, shape)
+        if needed > budget.nbytes:
+            raise BudgetTooSmall(problem.policy, needed, budget.nbytes, shape.reference_nbytes)
+        b = _prompt_curve(problem, shape).largest(budget.nbytes)
+    return solve_nominal(problem, shape, b)
 
-    def nbytes(b: float) -> int:
-        return stream_nbytes(problem.layers(shape, b), problem.menu, problem.split)
 
-    b = (
-        1.0
-        if budget is None
-        else _largest_b(problem, nbytes, budget.nbytes, shape.reference_nbytes)
+def smallest_prompt(problem: TokenProblem, shape: KVShape) -> int:
+    """The fewest bytes that `solve_prompt` can send this cache in."""
+    return _prompt_curve(problem, shape).smallest()
+
+
+def _prompt_curve(problem: TokenProblem, shape: KVShape) -> _Curve:
+    check_one_range(shape)
+    return _Curve(
+        problem, shape.layers, lambda layers: stream_nbytes(layers, problem.menu, problem.split)
     )
-    return Plan(problem.layers(shape, b), problem.menu, problem.split, problem.policy)
+
+
+def check_one_range(shape: KVShape) -> None:
+    """Raises `Unsupported` unless all layers have the same tokens."""
+    found = sorted({layer.token_range for layer in shape.layers})
+    if len(found) > 1:
+        raise Unsupported(
+            f"one tier map for all layers needs layers of one token range, got {found}; "
+            "plan each layer alone, with spectrum-layer"
+        )
 
 
 def solve_nominal(problem: TokenProblem, shape: KVShape, b: float) -> Plan:
@@ -159,11 +257,13 @@ def solve_nominal(problem: TokenProblem, shape: KVShape, b: float) -> Plan:
 
     Raises:
         BadInput: b below the family's floor or above 1.
+        Unsupported: layers of different token ranges.
     """
     if not problem.family.floor <= b <= 1:
         raise BadInput(
             f"nominal budget {b} for {problem.family.name}: expected {problem.family.floor} to 1"
         )
+    check_one_range(shape)
     return Plan(problem.layers(shape, b), problem.menu, problem.split, problem.policy)
 
 
@@ -173,49 +273,49 @@ def solve_layers(
     """Each layer alone within its share of the budget, so that it can leave before the next exists.
 
     Raises:
-        BudgetTooSmall: a layer's share is below its floor.
+        BudgetTooSmall: a layer's share is below its minimum; carries the minimum of the whole.
         BadInput: not one share per layer.
     """
-    if len(shares) != len(shape.layers):
-        raise BadInput(f"{len(shape.layers)} layers need one share each, got {len(shares)}")
-    menu, split, policy = problems[0].menu, problems[0].split, problems[0].policy
-    frame_nbytes = len(frames.pack(offer_of(shape, menu)))
-    frame_nbytes += len(frames.pack(end_of(2**31, 2**47)))
-    if budget.nbytes <= frame_nbytes:
-        raise BudgetTooSmall(policy, frame_nbytes, budget.nbytes, shape.reference_nbytes)
-    layers: list[LayerPlan] = []
-    sequence = 0
-    parts = Budget(budget.nbytes - frame_nbytes).split(shares)
-    for problem, layer, part in zip(problems, shape.layers, parts, strict=True):
-        plan, count = _solve_layer(problem, layer, part, sequence)
-        layers.append(plan)
-        sequence += count
-    return Plan(tuple(layers), menu, split, policy)
+    curves, framing = _layer_curves(problems, shape)
+    needed = _smallest(curves, framing, shares)
+    first = problems[0]
+    if needed > budget.nbytes:
+        raise BudgetTooSmall(first.policy, needed, budget.nbytes, shape.reference_nbytes)
+    parts = apportion(budget.nbytes - framing, shares)
+    layers = tuple(
+        problem.layer(layer, problem.tiers(curve.largest(part)))
+        for problem, layer, curve, part in zip(problems, shape.layers, curves, parts, strict=True)
+    )
+    return Plan(layers, first.menu, first.split, first.policy)
 
 
-def _solve_layer(
-    problem: TokenProblem, shape: LayerShape, budget: Budget, sequence: int
-) -> tuple[LayerPlan, int]:
-    def cost(b: float) -> tuple[int, int]:
-        layer = problem.layer(shape, problem.tiers(b))
-        return layer_nbytes(layer, problem.menu, problem.split, sequence)
-
-    b = _largest_b(problem, lambda b: cost(b)[0], budget.nbytes, shape.reference_nbytes)
-    return problem.layer(shape, problem.tiers(b)), cost(b)[1]
+def smallest_layers(
+    problems: Sequence[TokenProblem], shape: KVShape, shares: Sequence[float]
+) -> int:
+    """The fewest bytes that `solve_layers` can be given; `BadInput` as there."""
+    return _smallest(*_layer_curves(problems, shape), shares)
 
 
-def _largest_b(
-    problem: TokenProblem, nbytes: Callable[[float], int], given: int, reference: int
-) -> float:
-    floor = problem.family.floor
-    needed = nbytes(floor)
-    if needed > given:
-        raise BudgetTooSmall(problem.policy, needed, given, reference)
-    # Eight steps a token: the finest curve (Balanced) changes a count every fifth of a step of 1/4n.
-    steps = 8 * max(1, len(problem.order))
-    low, high = 0, steps
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = nbytes(floor + (1 - floor) * middle / steps) <= given
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return floor + (1 - floor) * low / steps
+def _smallest(curves: Sequence[_Curve], framing: int, shares: Sequence[float]) -> int:
+    if len(shares) != len(curves):
+        raise BadInput(f"{len(curves)} layers need one share each, got {len(shares)}")
+    return framing + least_total([curve.smallest() for curve in curves], shares)
+
+
+def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[list[_Curve], int]:
+    """A curve per layer, and the bytes of the frames around all of them."""
+    menu, split = problems[0].menu, problems[0].split
+    curves, sequence = [], 0
+    for problem, layer in zip(problems, shape.layers, strict=True):
+        curves.append(_Curve(problem, [layer], partial(_one_nbytes, menu, split, sequence)))
+        sequence += n_manifests(layer, split)
+    # END counts the bytes before it, which are not known yet: room for the longest number.
+    end = frame_nbytes(end_of(sequence, MAX_NBYTES))
+    return curves, frame_nbytes(offer_of(shape, menu)) + end
+
+
+def _one_nbytes(
+    menu: Sequence[Tier], split: Split, sequence: int, layers: Sequence[LayerPlan]
+) -> int:
+    [layer] = layers
+    return layer_nbytes(layer, menu, split, sequence)[0]

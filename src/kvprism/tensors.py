@@ -1,7 +1,7 @@
-"""What the tensors of a request are called: LayerKV, LayerView, RequestKV. Arrays compare by identity."""
+"""The tensors of a request: LayerKV, RequestKV, LayerView. They compare by identity."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ class LayerKV:
     ascending, the *original* positions of the tokens that are present.
 
     Raises:
-        ShapeMismatch: components disagree on tokens or dtype, or positions do not ascend.
+        ShapeMismatch: components disagree on tokens or dtype, or positions do not ascend from 0 on.
     """
 
     layer_id: int
@@ -28,28 +28,44 @@ class LayerKV:
     positions: torch.Tensor
 
     def __post_init__(self) -> None:
+        if self.positions.dim() != 1 or self.positions.dtype != torch.int64:
+            raise ShapeMismatch(
+                f"layer {self.layer_id}: expected int64 [token] positions, got "
+                f"{self.positions.dtype} {list(self.positions.shape)}"
+            )
         for name, x in self.components.items():
             if x.dim() != 3 or x.shape[1] != len(self.positions) or x.dtype not in DTYPE_NAMES:
                 raise ShapeMismatch(
-                    f"layer {self.layer_id} component {name!r}: expected [head, {len(self.positions)}, "
-                    f"channel] in {list(DTYPES)}, got {list(x.shape)} {x.dtype}"
+                    f"layer {self.layer_id} component {name!r}: expected [head, "
+                    f"{len(self.positions)}, channel] in {list(DTYPES)}, got {list(x.shape)} "
+                    f"{x.dtype}"
                 )
-        if len({x.dtype for x in self.components.values()}) != 1:
-            raise ShapeMismatch(f"layer {self.layer_id}: components must share one dtype")
-        if len(self.positions) > 1 and not bool((self.positions[1:] > self.positions[:-1]).all()):
-            raise ShapeMismatch(f"layer {self.layer_id}: positions must ascend")
+        dtypes = sorted(str(x.dtype) for x in self.components.values())
+        if len(set(dtypes)) != 1:
+            raise ShapeMismatch(
+                f"layer {self.layer_id}: expected components that share one dtype, got {dtypes}"
+            )
+        steps = self.positions.diff(prepend=self.positions.new_tensor([-1]))
+        if bool((steps < 1).any()):
+            at = int((steps < 1).nonzero()[0])
+            raise ShapeMismatch(
+                f"layer {self.layer_id}: positions must ascend from 0 on, got "
+                f"{int(self.positions[at])} as number {at}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
         return next(iter(self.components.values())).dtype
 
     def shape(self) -> LayerShape:
-        """The layer's shape over its contiguous token range; `ShapeMismatch` when tokens are missing."""
+        """The layer's shape over its token range; `ShapeMismatch` when tokens are missing."""
+        if not len(self.positions):
+            raise ShapeMismatch(f"layer {self.layer_id} holds no token; every one was dropped")
         start, stop = int(self.positions[0]), int(self.positions[-1]) + 1
         if stop - start != len(self.positions):
             raise ShapeMismatch(
-                f"layer {self.layer_id}: tokens are missing between {start} and {stop}; only a complete "
-                "cache has a shape (was this one decoded from a plan that drops tokens?)"
+                f"layer {self.layer_id}: tokens are missing between {start} and {stop}; only a "
+                "complete cache has a shape (was this one decoded from a plan that drops tokens?)"
             )
         components = tuple(
             ComponentShape(name, x.shape[0], x.shape[2]) for name, x in self.components.items()
@@ -68,8 +84,8 @@ class RequestKV:
         for layer in self.layers:
             if len(layer.positions) and int(layer.positions[-1]) >= self.next_position:
                 raise BadInput(
-                    f"layer {layer.layer_id} holds position {int(layer.positions[-1])}, but the next "
-                    f"position is {self.next_position}"
+                    f"layer {layer.layer_id} holds position {int(layer.positions[-1])}, so the "
+                    f"next position must be larger, got {self.next_position}"
                 )
 
     def shape(self) -> KVShape:
@@ -87,11 +103,26 @@ class RequestKV:
 class LayerView:
     """All that a scorer may see of one layer.
 
-    queries: post-RoPE `[q_head, window, channel]` of the last prompt positions, or None;
-    softmax_scale: what the model multiplies query-key products with; softcap: its logit soft cap.
+    queries: post-RoPE `[q_head, window, channel]` of the last prompt positions, or None; query
+    heads that share a KV head stand together; softmax_scale: what the model multiplies query-key
+    products with; softcap: its logit soft cap.
+
+    Raises:
+        ShapeMismatch: queries that do not go with the layer's keys.
     """
 
     kv: LayerKV
     queries: torch.Tensor | None = None
-    softmax_scale: float = field(default=1.0)
+    softmax_scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries is None:
+            return
+        heads, tokens, channels = self.kv.components["k"].shape
+        got = list(self.queries.shape)
+        if len(got) != 3 or got[0] % heads or not 1 <= got[1] <= tokens or got[2] != channels:
+            raise ShapeMismatch(
+                f"layer {self.kv.layer_id}: expected queries [multiple of {heads} heads, 1 to "
+                f"{tokens} positions, {channels} channels], got {got}"
+            )

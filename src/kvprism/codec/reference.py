@@ -4,7 +4,7 @@
 1. s = absmax(x) / 119 in float32, rounded *up* to float16; 0 only for an all-zero row.
 2. q = round_half_even(float32(x * (1 / s))) in [-119, 119].
 3. u = q + 8; anchor a = u >> 4 in [-7, 7], residual r = u & 15.
-4. INT8 decodes to q * s = (16 a + r - 8) * s, INT4 to (16 a - 1/2) * s: the mean over r, so unbiased.
+4. INT8 decodes to q * s = (16 a + r - 8) * s, INT4 to (16 a - 1/2) * s, the mean over r.
 
 `kvp.absmax/1` is the papers' code (SpectrumKV section 3: scale = absmax / qmax, qmax 127 or 7).
 """
@@ -20,35 +20,51 @@ from kvprism.errors import CodecError
 from kvprism.layout import Plane, TierArray, rows_in
 
 NESTED_LEVELS = 119
+ABSMAX_LEVELS = {8: 127, 4: 7}
 FLOAT16_MAX = 65504.0
 _ANCHOR_SHIFT, _RESIDUAL_MASK, _BIAS = 4, 15, 8
 
 
 def quantisable(x: torch.Tensor, menu: Sequence[Tier]) -> NDArray[np.bool_]:
-    """`[head, token]`: rows that a quantised tier may hold (finite, scale within float16)."""
-    fewest_levels = NESTED_LEVELS if quantised_codec(menu) == NESTED_CODEC else 7
-    absmax = x.abs().amax(dim=-1).float()
-    fits: NDArray[np.bool_] = (absmax / fewest_levels <= FLOAT16_MAX).numpy()
-    return fits
+    """`[head, token]`: rows that a quantised tier may hold.
+
+    They are finite, their scale is within float16, what is restored within the dtype of `x`.
+    """
+    absmax = x.detach().abs().amax(dim=-1).float().cpu()
+    if quantised_codec(menu) == NESTED_CODEC:
+        fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
+    else:
+        # A scale rounded to nearest may be half a float16 ulp more: 65504 would come back infinite.
+        fits = (absmax / ABSMAX_LEVELS[4] <= FLOAT16_MAX) & (
+            absmax * (1 + 2**-11) <= torch.finfo(x.dtype).max
+        )
+    result: NDArray[np.bool_] = fits.numpy()
+    return result
 
 
 def encode_into(
-    x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier], planes: Mapping[Plane, memoryview]
+    x: torch.Tensor,
+    tier_of: TierArray,
+    menu: Sequence[Tier],
+    planes: Mapping[Plane, memoryview],
+    first: tuple[int, int] = (0, 0),
 ) -> None:
     """Write every plane of one block.
 
     x: `[head, token, channel]`; tier_of: uint8 `[head, token]`; planes: writable buffers of exactly
-    the sizes that `layout.plane_nbytes` gives.
+    the sizes that `layout.plane_nbytes` gives; first: the numbers of the first head and token, for
+    errors.
 
     Raises:
         CodecError: a non-finite value or a scale beyond float16 in a quantised tier.
     """
+    x = x.detach().cpu()
     rows = x.reshape(-1, x.shape[-1])
     if Plane.NATIVE in planes:
         _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
     if Plane.SCALE not in planes:
         return
-    _refuse_unquantisable(x, tier_of, menu)
+    _refuse_unquantisable(x, tier_of, menu, first)
     chosen = _rows(Plane.SCALE, tier_of, menu)
     bits = _bits(tier_of, menu)[chosen]
     if quantised_codec(menu) == NESTED_CODEC:
@@ -91,7 +107,7 @@ def quantised_codec(menu: Sequence[Tier]) -> str:
 
 
 def nested_scale(absmax: torch.Tensor) -> torch.Tensor:
-    """float32 absmax -> float16 absmax / 119, rounded up, so that every code stays in [-119, 119]."""
+    """float32 absmax -> float16 absmax / 119, rounded up: every code stays in [-119, 119]."""
     return _round_up(absmax / NESTED_LEVELS)
 
 
@@ -124,7 +140,7 @@ def _decode_nested(
 
 
 def _encode_absmax(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, memoryview]) -> None:
-    levels = torch.where(bits == 8, 127.0, 7.0)
+    levels = torch.where(bits == 8, float(ABSMAX_LEVELS[8]), float(ABSMAX_LEVELS[4]))
     scale = (x.abs().amax(dim=-1) / levels).to(torch.float16)
     # A float16 scale rounded to zero would lose a non-zero row: the smallest positive one keeps it.
     scale = torch.where((scale == 0) & (x != 0).any(dim=-1), 2.0**-24, scale.float()).half()
@@ -187,12 +203,14 @@ def _read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(buffer, np.uint8).copy()).view(dtype)
 
 
-def _refuse_unquantisable(x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier]) -> None:
+def _refuse_unquantisable(
+    x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier], first: tuple[int, int]
+) -> None:
     bad = rows_in(Plane.SCALE, tier_of, menu) & ~quantisable(x, menu)
     if bad.any():
         head, token = np.argwhere(bad)[0]
         tier = menu[tier_of[head, token]]
         raise CodecError(
-            f"head {head} token {token} has a value that tier {tier.name!r} cannot hold (not finite, "
-            f"or a scale beyond float16); plan it as native"
+            f"head {first[0] + head} token {first[1] + token} has a value that tier {tier.name!r} "
+            "cannot hold (not finite, or a scale beyond float16); plan it as native"
         )

@@ -6,6 +6,7 @@ its segments, then end. `plan.nbytes == len(encode(kv, plan))`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 import msgspec
 import numpy as np
@@ -14,7 +15,14 @@ from numpy.typing import NDArray
 
 from kvprism.codec.reference import decode_into, encode_into
 from kvprism.core import ComponentShape, KVShape, LayerShape, Tier
-from kvprism.errors import BadInput, CodecError, LimitExceeded, ProtocolViolation, ShapeMismatch
+from kvprism.errors import (
+    BadInput,
+    CodecError,
+    LimitExceeded,
+    PositionMismatch,
+    ProtocolViolation,
+    ShapeMismatch,
+)
 from kvprism.layout import (
     WHOLE,
     Plane,
@@ -27,7 +35,7 @@ from kvprism.layout import (
 from kvprism.plans import LayerPlan, Plan, end_of, manifests_of, offer_of, tiers_in
 from kvprism.tensors import DTYPES, LayerKV, RequestKV
 from kvprism.wire import frames
-from kvprism.wire.messages import NO_ID, NOT_STATED, Block, Manifest, Offer, Segment
+from kvprism.wire.messages import NO_ID, NOT_STATED, Block, Manifest, Offer, Segment, TierMap
 from kvprism.wire.session import FileSession
 from kvprism.wire.stream import Segments, parse
 
@@ -55,8 +63,7 @@ def encode_layer(
         ShapeMismatch: the tensors are not those that were planned.
         CodecError: a value that its tier cannot hold, naming layer, component, head and token.
     """
-    if kv.shape() != layer.shape:
-        raise ShapeMismatch(f"planned for {layer.shape}, got {kv.shape()}")
+    check_layer(kv, layer.shape)
     for manifest in manifests_of(layer, menu, split, first_sequence):
         area = memoryview(bytearray(frames.segments_nbytes(manifest)))
         slices = iter(frames.segment_slices(manifest))
@@ -78,8 +85,9 @@ def _encode_block(
     start = layer.shape.token_range[0]
     x = kv.components[block.component]
     x = x[slice(*block.heads), block.tokens[0] - start : block.tokens[1] - start]
+    tiers = tiers_in(layer, block.component, block.heads, block.tokens)
     try:
-        encode_into(x, tiers_in(layer, block.component, block.heads, block.tokens), menu, planes)
+        encode_into(x, tiers, menu, planes, (block.heads[0], block.tokens[0]))
     except CodecError as error:
         raise CodecError(f"layer {block.layer} component {block.component!r}: {error}") from error
 
@@ -97,23 +105,46 @@ def encode(
     """The whole request as one stream; the file format of `docs/format.md`.
 
     Raises:
-        ShapeMismatch: the plan is for another cache.
+        ShapeMismatch, PositionMismatch: the plan is for another cache.
         CodecError: a value that its tier cannot hold.
     """
-    if len(kv.layers) != len(plan.layers):
-        raise ShapeMismatch(f"planned {len(plan.layers)} layers, got {len(kv.layers)}")
-    parts: list[bytes | memoryview] = [
-        frames.pack(offer_of(plan.shape, plan.menu, NO_ID, fingerprint, profile))
-    ]
+    check_planned(kv, plan)
+    # One growing buffer that is given away without a copy: the encoded request is held once.
+    stream = BytesIO()
+    stream.write(frames.pack(offer_of(plan.shape, plan.menu, NO_ID, fingerprint, profile)))
     sequence = 0
     for layer_kv, layer in zip(kv.layers, plan.layers, strict=True):
         for encoded in encode_layer(layer_kv, layer, plan.menu, plan.split, sequence):
-            parts += [frames.pack(encoded.manifest), encoded.area]
+            stream.write(frames.pack(encoded.manifest))
+            stream.write(encoded.area)
             sequence += 1
-    parts.append(frames.pack(end_of(sequence, sum(len(part) for part in parts))))
-    stream = b"".join(parts)
-    assert len(stream) == plan.nbytes, (len(stream), plan.nbytes)
-    return stream
+    stream.write(frames.pack(end_of(sequence, stream.tell())))
+    assert stream.tell() == plan.nbytes, (stream.tell(), plan.nbytes)
+    return stream.getvalue()
+
+
+def check_planned(kv: RequestKV, plan: Plan) -> None:
+    """Refuse a plan that was not made for this cache.
+
+    Raises:
+        ShapeMismatch: other layers, heads, tokens, channels or dtype.
+        PositionMismatch: a cache that goes on later than after its last token.
+    """
+    if len(kv.layers) != len(plan.layers):
+        raise ShapeMismatch(f"planned {len(plan.layers)} layers, got {len(kv.layers)}")
+    for layer, planned in zip(kv.layers, plan.shape.layers, strict=True):
+        check_layer(layer, planned)
+    if kv.next_position != plan.shape.next_position:
+        raise PositionMismatch(
+            f"the cache goes on at position {kv.next_position}, but its tokens end at "
+            f"{plan.shape.next_position}, where a decoded stream goes on; prefill the whole prompt"
+        )
+
+
+def check_layer(kv: LayerKV, planned: LayerShape) -> None:
+    """Raises `ShapeMismatch` unless this is the layer that was planned."""
+    if kv.shape() != planned:
+        raise ShapeMismatch(f"planned for {planned}, got {kv.shape()}; plan this cache anew")
 
 
 def decode(stream: bytes | memoryview, *, max_nbytes: int = MAX_REQUEST_NBYTES) -> RequestKV:
@@ -138,9 +169,14 @@ def decode(stream: bytes | memoryview, *, max_nbytes: int = MAX_REQUEST_NBYTES) 
 
 
 def offered_shape(offer: Offer) -> KVShape:
-    """The shape that an offer describes; `ProtocolViolation` when it is not a legal one."""
+    """The shape that an offer describes.
+
+    Raises:
+        ProtocolViolation: no legal one, or one that the offered menu does not suit.
+        Unsupported: a tier that is not built.
+    """
     try:
-        return KVShape(
+        shape = KVShape(
             tuple(
                 LayerShape(
                     entry.layer,
@@ -151,8 +187,12 @@ def offered_shape(offer: Offer) -> KVShape:
                 for entry in offer.layers
             )
         )
+        for layer in shape.layers:
+            for _, _, channels in layer.components:
+                check_menu(menu_of(offer), channels, layer.itemsize)
     except BadInput as error:
         raise ProtocolViolation(f"the offer describes no cache: {error}") from error
+    return shape
 
 
 def menu_of(offer: Offer) -> tuple[Tier, ...]:
@@ -163,7 +203,11 @@ def menu_of(offer: Offer) -> tuple[Tier, ...]:
 class Assembler:
     """Restores a request from its pieces, in any order, straight into the destination tensors.
 
+    Whether the pieces tile the offered area is the session's business (`wire.intake`).
+
     Raises:
+        ProtocolViolation: the offer describes no cache, or a menu that is not legal for it.
+        Unsupported: a tier that is not built.
         LimitExceeded: the offered cache is larger than `max_nbytes`; nothing was allocated.
     """
 
@@ -175,80 +219,100 @@ class Assembler:
                 f"the offer decodes to {self.shape.native_nbytes} bytes, at most {max_nbytes} are "
                 "allowed here"
             )
-        for layer in self.shape.layers:
-            for _, _, channels in layer.components:
-                check_menu(self.menu, channels, layer.itemsize)
-        self._layers = {layer.layer_id: layer for layer in self.shape.layers}
-        self._out: dict[tuple[int, str], torch.Tensor] = {}
-        self._kept: dict[tuple[int, str], NDArray[np.bool_]] = {}
+        self._layers = {layer.layer_id: _LayerDestination(layer) for layer in self.shape.layers}
 
     def add(self, segments: Segments) -> None:
-        """Decode every block of one manifest."""
+        """Decode every block of one manifest.
+
+        Raises:
+            ProtocolViolation: a tier map or planes that do not fit their block.
+            CodecError: planes that no codec of ours made, or heads and components that keep
+                different tokens.
+        """
         slices = iter(frames.segment_slices(segments.manifest))
         for block in segments.manifest.blocks:
             planes = {s.plane: segments.area[next(slices)] for s in block.segments}
-            self._add_block(block, segments.manifest, planes)
+            self._add_block(block, segments.manifest.maps[block.map], planes)
 
-    def _add_block(self, block: Block, manifest: Manifest, planes: dict[int, memoryview]) -> None:
-        layer = self._layers[block.layer]
-        component = layer.component(block.component)
+    def _add_block(self, block: Block, tier_map: TierMap, planes: dict[int, memoryview]) -> None:
+        destination = self._layers[block.layer]
+        layer = destination.shape
         heads, tokens = block.heads[1] - block.heads[0], block.tokens[1] - block.tokens[0]
-        tiers = unpack_tier_map(manifest.maps[block.map], heads, tokens, len(self.menu))
-        expected = plane_nbytes(tiers, self.menu, component.channels, layer.itemsize)
-        if {plane: len(data) for plane, data in planes.items()} != expected:
+        tiers = unpack_tier_map(tier_map, heads, tokens, len(self.menu))
+        channels = layer.component(block.component).channels
+        expected = plane_nbytes(tiers, self.menu, channels, layer.itemsize)
+        got = {plane: len(data) for plane, data in planes.items()}
+        if got != expected:
             raise ProtocolViolation(
                 f"layer {block.layer} component {block.component!r}: the tier map needs planes "
-                f"{expected}, got { {plane: len(data) for plane, data in planes.items()} }"
+                f"{ {int(plane): size for plane, size in expected.items()} }, got {got}"
             )
-        start = layer.token_range[0]
-        area = (slice(*block.heads), slice(block.tokens[0] - start, block.tokens[1] - start))
-        out, kept = self._destination(layer, component)
-        kept[area] = self._keeps(tiers)
-        decode_planes = {Plane(plane): data for plane, data in planes.items()}
-        if out[area].is_contiguous():
-            decode_into(decode_planes, tiers, self.menu, out[area])
-        else:
-            dense = torch.zeros_like(out[area], memory_format=torch.contiguous_format)
-            decode_into(decode_planes, tiers, self.menu, dense)
-            out[area] = dense
+        destination.keep(block, self._kept_by_all(block, tiers))
+        out = destination.rows(block)
+        # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
+        dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
+        decode_into({Plane(p): data for p, data in planes.items()}, tiers, self.menu, dense)
+        if dense is not out:
+            out.copy_(dense)
 
-    def _destination(
-        self, layer: LayerShape, component: ComponentShape
-    ) -> tuple[torch.Tensor, NDArray[np.bool_]]:
-        key = (layer.layer_id, component.name)
-        if key not in self._out:
-            shape = (component.heads, layer.n_tokens)
-            self._out[key] = torch.zeros(*shape, component.channels, dtype=DTYPES[layer.dtype])
-            self._kept[key] = np.zeros(shape, bool)
-        return self._out[key], self._kept[key]
-
-    def _keeps(self, tiers: TierArray) -> NDArray[np.bool_]:
-        return np.array([tier.bits > 0 for tier in self.menu])[tiers]
+    def _kept_by_all(self, block: Block, tiers: TierArray) -> NDArray[np.bool_]:
+        """`[token]`: which tokens the block keeps, in all of its heads."""
+        kept = np.array([tier.bits > 0 for tier in self.menu])[tiers]
+        if (kept != kept[:1]).any():
+            raise _not_uniform(block)
+        first: NDArray[np.bool_] = kept[0]
+        return first
 
     def finish(self) -> RequestKV:
-        """The restored cache, dropped tokens left out.
-
-        Raises:
-            CodecError: heads or components of one layer that keep different tokens.
-        """
-        layers = tuple(self._finish_layer(layer) for layer in self.shape.layers)
+        """The restored cache, dropped tokens left out; every piece was added."""
+        layers = tuple(destination.finish() for destination in self._layers.values())
         return RequestKV(layers, self.shape.next_position)
 
-    def _finish_layer(self, layer: LayerShape) -> LayerKV:
-        keys = [(layer.layer_id, component.name) for component in layer.components]
-        kept = self._kept[keys[0]][0]
-        if any((self._kept[key] != kept).any() for key in keys):
-            raise CodecError(
-                f"layer {layer.layer_id}: heads or components keep different tokens; this receiver "
-                "holds one set of tokens per layer (capability drop=uniform)"
-            )
-        positions = torch.from_numpy(np.flatnonzero(kept)) + layer.token_range[0]
-        whole = bool(kept.all())
-        mask = torch.from_numpy(kept)
-        components = {
-            name: self._out[layer.layer_id, name]
-            if whole
-            else self._out[layer.layer_id, name][:, mask]
-            for name, _, _ in layer.components
-        }
-        return LayerKV(layer.layer_id, components, positions)
+
+class _LayerDestination:
+    """The tensors of one layer, allocated when its first piece comes, and which tokens are kept."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.shape = shape
+        self._components: dict[str, torch.Tensor] = {}
+        self._known = self._kept = np.zeros(0, bool)
+
+    def keep(self, block: Block, kept: NDArray[np.bool_]) -> None:
+        """Take note of the kept tokens; a receiver holds one set of tokens per layer."""
+        if not self._components:
+            self._allocate()
+        tokens = self._tokens(block)
+        known = self._known[tokens]
+        if (known & (self._kept[tokens] != kept)).any():
+            raise _not_uniform(block)
+        self._known[tokens], self._kept[tokens] = True, kept
+
+    def rows(self, block: Block) -> torch.Tensor:
+        """The `[head, token, channel]` part of the destination that a block fills."""
+        return self._components[block.component][slice(*block.heads), self._tokens(block)]
+
+    def finish(self) -> LayerKV:
+        positions = torch.from_numpy(np.flatnonzero(self._kept)) + self.shape.token_range[0]
+        components = self._components
+        if not self._kept.all():
+            mask = torch.from_numpy(self._kept)
+            components = {name: x[:, mask] for name, x in components.items()}
+        return LayerKV(self.shape.layer_id, components, positions)
+
+    def _allocate(self) -> None:
+        n, dtype = self.shape.n_tokens, DTYPES[self.shape.dtype]
+        for name, heads, channels in self.shape.components:
+            self._components[name] = torch.zeros(heads, n, channels, dtype=dtype)
+        self._known, self._kept = np.zeros(n, bool), np.zeros(n, bool)
+
+    def _tokens(self, block: Block) -> slice:
+        start = self.shape.token_range[0]
+        return slice(block.tokens[0] - start, block.tokens[1] - start)
+
+
+def _not_uniform(block: Block) -> CodecError:
+    return CodecError(
+        f"layer {block.layer} component {block.component!r}, heads {block.heads}, tokens "
+        f"{block.tokens}: heads or components keep different tokens; this receiver holds one set "
+        "of tokens per layer (capability drop=uniform)"
+    )

@@ -1,82 +1,92 @@
-"""What the command line prints: tables, progress, errors. Results go to stdout, the rest to stderr."""
+"""What the command line prints: tables, progress, errors. Results to stdout, the rest to stderr."""
 
 import json
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from kvprism.errors import BadInput, KVPrismError, TransportError, WireError
 
-# Without a terminal rich assumes 80 columns and would cut figures in a log.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-notes = Console(stderr=True, highlight=False)
+LOG_COLUMNS = 160
+LOG_EVERY_S = 15.0
+EXIT_OTHER, EXIT_BAD_INPUT, EXIT_TRANSFER, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "jinja2": "report"}
 
-EXIT_BAD_INPUT, EXIT_TRANSFER, EXIT_OTHER = 2, 3, 1
+
+def _console(*, stderr: bool) -> Console:
+    """Without a terminal rich assumes 80 columns and would cut figures in a log."""
+    stream = sys.stderr if stderr else sys.stdout
+    free = stream.isatty() or "COLUMNS" in os.environ
+    width = None if free else LOG_COLUMNS
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+out, notes = _console(stderr=False), _console(stderr=True)
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a typed error into one clear line and a non-zero exit: 2 bad input, 3 transfer, 1 other."""
+def one_line_errors(*outputs: Path | None) -> Iterator[None]:
+    """Run a command whose `outputs` can be written, and say what goes wrong in one clear line.
+
+    Exit 2: bad input, 3: the transfer or the stream failed, 130: interrupted, 1: anything else.
+    """
     try:
+        for path in outputs:
+            if path is not None:
+                check_writable(path)
         yield
     except KVPrismError as error:
-        notes.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        notes.print(str(error), markup=False, soft_wrap=True)
-        is_transfer = isinstance(error, WireError | TransportError)
-        is_input = isinstance(error, BadInput)
-        code = EXIT_BAD_INPUT if is_input else EXIT_TRANSFER if is_transfer else EXIT_OTHER
-        raise typer.Exit(code) from error
+        raise _failure(f"{type(error).__name__}: {error}", _exit_code(error)) from error
+    except ModuleNotFoundError as error:
+        name = str(error.name).partition(".")[0]
+        if name not in EXTRAS:
+            raise
+        way_out = f"this command needs {name}: pip install 'kvprism[{EXTRAS[name]}]'"
+        raise _failure(way_out, EXIT_OTHER) from error
+    except KeyboardInterrupt as error:
+        raise _failure("interrupted", EXIT_INTERRUPTED) from error
 
 
-@contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left; call it with (done, total)."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _failure(message: str, code: int) -> typer.Exit:
+    line = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
+    notes.print(line, soft_wrap=True)
+    return typer.Exit(code)
 
 
-@contextmanager
-def status(label: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with a line that says what is going on."""
-    with notes.status(label) as spinner:
-        yield spinner.update
+def _exit_code(error: KVPrismError) -> int:
+    if isinstance(error, WireError | TransportError):
+        return EXIT_TRANSFER
+    return EXIT_BAD_INPUT if isinstance(error, BadInput) else EXIT_OTHER
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False
-) -> None:
-    """Print a table; the first column is left-aligned, the others too if they are words."""
-    grid = Table(title=title, title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if words or i == 0 else "right", no_wrap=i == 0)
-    for row in rows:
-        grid.add_row(*row)
-    out.print(grid)
+def check_writable(path: Path) -> None:
+    """Before minutes of work rather than after: `BadInput` for a place that cannot be written."""
+    try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"cannot write {path}: it is not a regular file")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 
 def write_json(path: Path | None, result: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -85,14 +95,78 @@ def write_json(path: Path | None, result: Mapping[str, Any] | Sequence[Any]) -> 
     Raises:
         BadInput: the file cannot be written.
     """
-    if path is None:
+    if path is not None:
+        from kvprism.evaluate.rows import replace_file
+
+        replace_file(path, json.dumps(result, indent=1).encode() + b"\n")
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left; call it with (done, total). In a log, a line at times."""
+    if not notes.is_terminal:
+        yield _logged_progress(label)
         return
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        # Documents differ in length: half a minute of them says little about the rest.
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=notes, transient=True, speed_estimate_period=300) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _logged_progress(label: str) -> Callable[[int, int], None]:
+    started = said = time.monotonic()
+    first: int | None = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal said, first
+        now = time.monotonic()
+        first = done - 1 if first is None else first  # what an earlier run did took no time now
+        if now - said >= LOG_EVERY_S and done < total:
+            said = now
+            left = (now - started) / (done - first) * (total - done)
+            notes.print(f"{label}: {done} of {total}, about {left:.0f} s left")
+
+    return advance
+
+
+@contextmanager
+def status(label: str) -> Iterator[Callable[[str], None]]:
+    """Say what is going on: a spinner in a terminal, lines in a log."""
+    if not notes.is_terminal:
+        notes.print(label)
+        yield notes.print
+        return
+    with notes.status(label) as spinner:
+        yield spinner.update
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False
+) -> None:
+    """Print a table; words: every column is left-aligned, else only the first.
+
+    A cell's second line is dimmed.
+    """
+    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if words or i == 0 else "right", no_wrap=i == 0)
+    for row in rows:
+        grid.add_row(*map(_cell, row))
+    out.print(title, style="bold", soft_wrap=True)  # as a part of the table it would be folded
+    out.print(grid)
+
+
+def _cell(text: str) -> Text:
+    first, *more = text.split("\n", 1)
+    return Text.assemble(first, *(("\n" + line, "dim") for line in more))
 
 
 def size(nbytes: float) -> str:
@@ -105,8 +179,10 @@ def size(nbytes: float) -> str:
 
 
 def percent(fraction: float) -> str:
+    """`0.2996` -> `29.96 %`."""
     return f"{100 * fraction:.2f} %"
 
 
 def ms(value: float) -> str:
-    return f"{value:.1f}"
+    """Milliseconds without their unit; one decimal where it says something."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"

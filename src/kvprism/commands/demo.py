@@ -1,116 +1,91 @@
-"""`kvprism demo` and `kvprism run`: a prefill and a decode process, and what each policy sends."""
+"""`kvprism demo`: a prefill and a decode process, and what each policy sends and keeps."""
 
 import datetime
 import os
 import platform
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
 from kvprism.commands import console
-from kvprism.errors import BadInput
+from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.haystack import Facts, hide_facts
 from kvprism.evaluate.rows import provenance
 from kvprism.integrations import hf
-from kvprism.integrations.worker import Worker
-from kvprism.transport.token import create_token
+from kvprism.integrations.roles import DEFINITIONS, ttft_ms
+from kvprism.integrations.worker import Pair, worker_pair
 
-REPEATS = 3
+REPEATS = 5
 CONTINUATION = 128
 FACTS = 4
 ANSWER_TOKENS = 8
+SIZES = ("wire_bytes", "fraction", "fraction_native", "resident_bytes", "tiers", "tier_of_token")
+TIMINGS = ("plan_ms", "encode_ms", "transfer_ms", "decode_ms")
 
-DEMO_ARMS: tuple[tuple[str, str, str | None], ...] = (
-    ("raw", "raw", None),
-    ("INT8", "int8", None),
-    ("SpectrumKV 52 %", "spectrum", "52%"),
-    ("SpectrumKV 30 %", "spectrum", "30%"),
-    ("sinks + recent 30 %", "sinks-recent", "30%"),
-    ("PDTrim 30 %", "pdtrim", "30%"),
+
+class Arm(NamedTuple):
+    """A line of the comparison."""
+
+    label: str
+    policy: str
+    budget: str | None = None
+
+
+ARMS = (
+    Arm("raw", "raw"),
+    Arm("INT8", "int8"),
+    Arm("SpectrumKV 52 %", "spectrum", "52%"),
+    Arm("SpectrumKV 30 %", "spectrum", "30%"),
+    Arm("sinks + recent 30 %", "sinks-recent", "30%"),
+    Arm("PDTrim 30 %", "pdtrim", "30%"),
 )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prefill and a decode worker that know each other's address and token."""
-
-    prefill: Worker
-    decode: Worker
-    address: list[Any]
-
-    def transfer(
-        self,
-        policy: str,
-        budget: str | None,
-        options: Mapping[str, Any] | None = None,
-        save: Path | None = None,
-    ) -> dict[str, Any]:
-        """Send what was prefilled and restore it; the timings of both sides."""
-        self.decode.start("receive")
-        sent = self.prefill.call(
-            "send",
-            policy=policy,
-            budget=budget,
-            address=self.address,
-            options=dict(options or {}),
-            save=None if save is None else str(save),
-        )
-        received = self.decode.wait()
-        # From the offer to the acknowledgement, less encode: the receiver decodes within it.
-        return {**sent, **received, "transfer_ms": sent["send_ms"] - sent["encode_ms"]}
-
-
-@contextmanager
-def worker_pair(model: str) -> Iterator[Pair]:
-    """Start both workers side by side, with a token of their own in a 0600 file."""
-    with tempfile.TemporaryDirectory(prefix="kvprism-") as folder:
-        token_file = Path(folder) / "token"
-        create_token(token_file)
-        with Worker("prefill", model, token_file) as p, Worker("decode", model, token_file) as d:
-            p.ready()
-            d.ready()
-            yield Pair(p, d, d.call("address")["address"])
+NOTES = {
+    "repeats": f"every *_ms is the median of {REPEATS} runs after one that is not counted; "
+    f"first_token_ms and second_token_ms of the {FACTS} questions",
+    "answers": f"asked after the transfer, each on a fresh restored cache, {ANSWER_TOKENS} greedy "
+    "tokens; right: they begin with the hidden number",
+    "kl_to_raw": f"mean KL(raw || arm) in nats per token over {CONTINUATION} tokens that the model "
+    "drew from the raw cache",
+}
 
 
 def run_demo(model: str, context: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Hide facts in a long text, prefill it once, and send it once per arm.
+    """Hide facts in a long text, prefill it, and send its cache once per arm.
 
-    Timings are medians of `REPEATS` warm transfers. Answers are really generated, greedily; KL to
-    raw is the mean over `CONTINUATION` tokens drawn from the model at 16 bits.
+    Raises:
+        UnknownName: no such model.
+        BadInput: a context that is too short for the facts, or too long for the model.
+        PeerLost, PeerSilent: a worker died, or stands still.
     """
     started = time.perf_counter()
-    tokenizer = hf.load_tokenizer(model)
-    facts = hide_facts(tokenizer, context, FACTS, seed)
-    ids = facts.context_ids.tolist()
     with worker_pair(model) as pair:
+        facts, prompt = _facts(model, context, seed)
+        pair.ready()
+        described = _describe(model, pair)
         say("prefilling")
-        pair.prefill.call("prefill", ids=ids[:-1])  # warm-up: the first call is never typical
-        prefilled = pair.prefill.call("prefill", ids=ids[:-1])
-        pair.transfer("raw", None)
-        continuation = pair.decode.call("sample", ids=ids, n=CONTINUATION, seed=seed)["tokens"]
-        arms = []
-        for label, policy, budget in DEMO_ARMS:
-            say(f"sending: {label}")
-            arm = _arm(pair, facts, continuation, policy, budget, prefilled["prefill_ms"])
-            arms.append({"label": label, **arm})
+        prefilled = _prefill(pair, facts.context_ids.tolist())
+        arms, continuation = [], list[int]()
+        for arm in ARMS:
+            say(f"sending and asking: {arm.label}")
+            arms.append(_measured(pair, arm, facts, prefilled["prefill_ms"], continuation, seed))
     return {
         "kind": "demo",
-        "model": _describe(model),
-        "context_tokens": len(ids),
+        "model": described,
+        "context_tokens": len(prompt),
         "reference_bytes": prefilled["reference_bytes"],
         "native_bytes": prefilled["native_bytes"],
-        "machine": _machine(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **msgspec.to_builtins(provenance()),
+        "seed": seed,
         "seconds": time.perf_counter() - started,
-        "prompt": [tokenizer.decode([token]) for token in ids],
+        "definitions": {**DEFINITIONS, **NOTES},
+        "prompt": prompt,
         "needles": [
             {key: getattr(needle, key) for key in ("key", "value", "start", "stop", "line")}
             for needle in facts.needles
@@ -119,7 +94,17 @@ def run_demo(model: str, context: int, seed: int, say: Callable[[str], None]) ->
     }
 
 
-def _describe(name: str) -> dict[str, Any]:
+def _facts(model: str, context: int, seed: int) -> tuple[Facts, list[str]]:
+    """The text with its facts, and its tokens as they are written."""
+    longest = hf.load_config(model).max_position_embeddings - CONTINUATION
+    if context > longest:
+        raise BadInput(f"context {context}: {model} takes at most {longest} here")
+    tokenizer = hf.load_tokenizer(model)
+    facts = hide_facts(tokenizer, context, FACTS, seed)
+    return facts, [str(tokenizer.decode([token])) for token in facts.context_ids.tolist()]
+
+
+def _describe(name: str, pair: Pair) -> dict[str, Any]:
     config = hf.load_config(name)
     layer = hf.shape_of(config, 1).layers[0]
     return {
@@ -128,148 +113,95 @@ def _describe(name: str) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "kv_heads": layer.components[0].heads,
         "head_dim": layer.components[0].channels,
+        **pair.call(pair.prefill, "describe"),
     }
 
 
-def _machine() -> str:
-    return f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+def _prefill(pair: Pair, ids: list[int]) -> dict[str, Any]:
+    runs = [pair.call(pair.prefill, "prefill", ids=ids) for _ in range(1 + REPEATS)]
+    return {**runs[-1], "prefill_ms": _median(runs[1:], "prefill_ms")}
 
 
-def _arm(
-    pair: Pair,
-    facts: Facts,
-    continuation: list[int],
-    policy: str,
-    budget: str | None,
-    prefill_ms: float,
+def _measured(
+    pair: Pair, arm: Arm, facts: Facts, prefill_ms: float, continuation: list[int], seed: int
 ) -> dict[str, Any]:
+    """One arm, or why there is none; raw comes first and draws the `continuation`."""
+    plan = {"policy": arm.policy, "budget": arm.budget}
+    try:
+        runs = [
+            {**pair.call(pair.prefill, "plan", **plan), **pair.transfer()}
+            for _ in range(1 + REPEATS)
+        ]
+    except BudgetTooSmall as error:
+        return {**arm._asdict(), "error": str(error)}
     ids = facts.context_ids.tolist()
-    runs = [pair.transfer(policy, budget) for _ in range(REPEATS)]
-    timings = {
-        name: statistics.median(run[name] for run in runs)
-        for name in ("plan_ms", "encode_ms", "transfer_ms", "decode_ms")
-    }
-    timings["prefill_ms"] = prefill_ms
-    scored = pair.decode.call("score", ids=ids + continuation, name="kl", raw=policy == "raw")
-    answers, first, second = [], [], []
-    for needle in facts.needles:
-        question = ids + needle.question_ids.tolist()
-        generated = pair.decode.call("generate", ids=question, n=ANSWER_TOKENS)
-        got = generated["text"].strip()
-        answers.append(
-            {
-                "question": needle.question,
-                "expected": needle.value,
-                "got": got,
-                "right": got.startswith(needle.value),
-            }
-        )
-        first.append(generated["steps_ms"][0])
-        second.append(generated["steps_ms"][1])
-    keys = ("wire_bytes", "fraction", "fraction_native", "resident_bytes", "tiers", "tier_of_token")
+    if not continuation:
+        continuation += pair.call(pair.decode, "sample", ids=ids, n=CONTINUATION, seed=seed)
+    answers, steps = _ask(pair, facts)
+    timings = {"prefill_ms": prefill_ms, **{name: _median(runs[1:], name) for name in TIMINGS}}
+    timings |= {name: _median(steps, name) for name in ("first_token_ms", "second_token_ms")}
+    fed = ids + continuation
     return {
-        "policy": policy,
-        "budget": budget,
-        **{key: runs[0][key] for key in keys},
+        **arm._asdict(),
+        **{key: runs[0][key] for key in SIZES},
         **timings,
-        "first_token_ms": statistics.median(first),
-        "ttft_ms": sum(timings.values()) - timings["decode_ms"] + statistics.median(first),
-        "second_token_ms": statistics.median(second),
+        "ttft_ms": ttft_ms(timings),
         "answers_right": sum(answer["right"] for answer in answers),
         "answers_total": len(answers),
         "answers": answers,
-        "kl_to_raw": statistics.fmean(scored["kl"]),
+        "kl_to_raw": pair.call(pair.decode, "kl_to_raw", ids=fed, raw=arm.policy == "raw"),
     }
 
 
+def _ask(pair: Pair, facts: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every question on the restored cache: the answers, and how long their tokens took."""
+    answers, steps = [], []
+    generate = partial(pair.call, pair.decode, "generate", ignore_eos=True)
+    questions = [np.r_[facts.context_ids, needle.question_ids].tolist() for needle in facts.needles]
+    generate(ids=questions[0], n=ANSWER_TOKENS)  # not counted
+    for needle, question in zip(facts.needles, questions, strict=True):
+        said = generate(ids=question, n=ANSWER_TOKENS)
+        got = said["text"].strip()
+        right = got.startswith(needle.value)
+        answers.append(
+            {"question": needle.question, "expected": needle.value, "got": got, "right": right}
+        )
+        steps.append(said)
+    return answers, steps
+
+
+def _median(runs: list[dict[str, Any]], name: str) -> float:
+    return statistics.median(float(run[name]) for run in runs)
+
+
 def show_demo(result: dict[str, Any]) -> None:
-    """Print the comparison."""
-    columns = ["arm", "wire", "of 16-bit", "answers", "KL to raw", "prefill ms", "plan", "encode"]
-    columns += ["transfer", "(decode)", "first token", "TTFT"]
-    timings = ("prefill_ms", "plan_ms", "encode_ms", "transfer_ms", "decode_ms", "first_token_ms")
-    timings += ("ttft_ms",)
+    """Print what was sent, what it kept, and how long it took."""
+    measured = [arm for arm in result["arms"] if "error" not in arm]
     rows = [
         [
             arm["label"],
             console.size(arm["wire_bytes"]),
             console.percent(arm["fraction"]),
-            f"{arm['answers_right']}/{arm['answers_total']}",
+            f"{arm['answers_right']} of {arm['answers_total']}",
             f"{arm['kl_to_raw']:.2g}",
-            *(console.ms(arm[name]) for name in timings),
+            console.size(arm["resident_bytes"]),
         ]
-        for arm in result["arms"]
+        for arm in measured
     ]
-    title = f"{result['context_tokens']} tokens on {result['model']['name']}, loopback TCP"
+    title = f"{result['context_tokens']} tokens on {result['model']['name']}: what is sent and kept"
+    columns = ["arm", "wire bytes", "of 16-bit", "answers right", "KL to raw", "in memory"]
     console.table(title, columns, rows)
-    console.out.print(
-        f"Two processes, one machine: {result['seconds']:.0f} s. Every wire byte is counted: payload, "
-        "scales, tier maps, manifests, digests, padding."
-    )
-
-
-def run_file(
-    model: str,
-    file: Path,
-    policy: str,
-    budget: str | None,
-    options: Mapping[str, Any],
-    tokens: int | None,
-    new_tokens: int,
-    save: Path | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Prefill a text here, send it under one policy, and continue it in the other process.
-
-    Raises:
-        BadInput: the file cannot be read or is longer than the model's context.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {file} as UTF-8 text: {error}") from error
-    ids = list(hf.load_tokenizer(model)(text)["input_ids"])[:tokens]
-    longest = hf.load_config(model).max_position_embeddings - new_tokens
-    if not 2 <= len(ids) <= longest:
-        raise BadInput(
-            f"{file} has {len(ids)} tokens, {model} takes 2 to {longest} before {new_tokens} new ones; "
-            f"use --tokens {longest} to take the first ones"
-        )
-    with worker_pair(model) as pair:
-        say("prefilling")
-        prefilled = pair.prefill.call("prefill", ids=ids[:-1])
-        say("sending")
-        moved = pair.transfer(policy, budget, options, save)
-        say("continuing")
-        generated = pair.decode.call("generate", ids=ids, n=new_tokens)
-    del moved["tier_of_token"]
-    return {
-        "kind": "run",
-        "model": model,
-        "file": str(file),
-        "policy": policy,
-        "budget": budget,
-        **options,
-        "context_tokens": len(ids),
-        **prefilled,
-        **moved,
-        "first_token_ms": generated["steps_ms"][0],
-        "second_token_ms": generated["steps_ms"][1] if new_tokens > 1 else None,
-        "text": generated["text"],
-    }
-
-
-def show_run(result: dict[str, Any]) -> None:
-    """Print what one request sent and how it went on."""
-    names = ("prefill_ms", "plan_ms", "encode_ms", "transfer_ms", "decode_ms", "first_token_ms")
-    columns = ["policy", "wire", "of 16-bit", *(name.removesuffix("_ms") + " ms" for name in names)]
-    row = [
-        result["policy"],
-        console.size(result["wire_bytes"]),
-        console.percent(result["fraction"]),
-        *(console.ms(result[name]) for name in names),
+    timings = ("prefill", "plan", "encode", "transfer", "decode", "first_token", "ttft")
+    rows = [
+        [arm["label"], *(console.ms(arm[f"{name}_ms"]) for name in timings)] for arm in measured
     ]
-    console.table(f"{result['context_tokens']} tokens on {result['model']}", columns, [row])
-    tiers = ", ".join(f"{count} {name}" for name, count in result["tiers"].items() if count)
-    console.out.print(f"tokens: {tiers}")
-    console.out.print("the decode process goes on with:")
-    console.out.print(result["text"], markup=False)
+    columns = ["arm", "prefill", "plan", "encode", "transfer", "(decode)", "first token", "TTFT"]
+    console.table("milliseconds, medians of warm runs, loopback TCP", columns, rows)
+    for arm in result["arms"]:
+        if "error" in arm:
+            console.out.print(f"{arm['label']}: {arm['error']}", soft_wrap=True)
+    console.out.print(
+        "Decoding goes on while layers are encoded and moved: it lies within encode + transfer.\n"
+        f"Two processes on one machine, {result['seconds']:.0f} s in all.",
+        soft_wrap=True,
+    )

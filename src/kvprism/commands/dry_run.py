@@ -1,44 +1,87 @@
 """`kvprism plan`: exact sizes from a model's shape, before any prompt exists."""
 
+import math
 import re
 from typing import Any
 
 from kvprism.commands import console
-from kvprism.core import Budget
-from kvprism.errors import BadInput
+from kvprism.core import Budget, KVShape
+from kvprism.errors import BadInput, BudgetTooSmall, UnknownName
 from kvprism.integrations import hf
 from kvprism.layout import row_nbytes
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, PlanOptions, plan_shape, smallest_nbytes
+from kvprism.score import SCORERS
 
 _BITS_PER_S = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9}
 
 
 def link_bytes_per_s(text: str) -> float:
-    """`10Gbps` -> 1.25e9; `BadInput` for anything else."""
+    """A link's speed.
+
+    Example:
+        >>> link_bytes_per_s("10Gbps")
+        1250000000.0
+
+    Raises:
+        BadInput: anything else than a positive number with its unit.
+    """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]bps)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise BadInput(f"link {text!r} is not a speed such as 200Mbps or 10Gbps")
     return float(match[1]) * _BITS_PER_S[match[2].lower()] / 8
 
 
+def options_of(**settings: Any) -> PlanOptions:
+    """The options that the command line names.
+
+    Raises:
+        UnknownName: no such importance or codec.
+    """
+    options = PlanOptions(**settings)
+    if options.importance not in SCORERS:
+        raise UnknownName("importance", options.importance, list(SCORERS))
+    assert options.menu
+    return options
+
+
+def plan_without_prompt(
+    shape: KVShape, policy: str, budget: str | None, options: PlanOptions
+) -> Plan:
+    """The sizes of a plan, and every error that needs no prompt, before minutes of work.
+
+    Raises:
+        UnknownName: no such policy.
+        BadInput: a malformed budget, or none where one is needed.
+        BudgetTooSmall: nothing legal fits.
+    """
+    planned = plan_shape(shape, policy, budget, options)
+    given = math.inf if budget is None else Budget.parse(budget, shape).nbytes
+    if planned.nbytes > given:  # a fixed rate
+        raise BudgetTooSmall(policy, planned.nbytes, int(given), shape.reference_nbytes)
+    return planned
+
+
 def dry_run(
-    model: str, policy: str, budget: str | None, tokens: int, link: str, codec: str
+    model: str, policy: str, budget: str | None, tokens: int, links: str, codec: str
 ) -> dict[str, Any]:
     """Plan `tokens` tokens of `model` without running it.
 
-    The order of tokens is unknown here, so the tier map may differ by a few bytes from a real plan's.
+    The order of tokens is unknown here, so that a real plan's tier map may take a few bytes more.
     """
-    rate = link_bytes_per_s(link)
+    rates = {link.strip(): link_bytes_per_s(link) for link in links.split(",")}
     shape = hf.shape_of(hf.load_config(model), tokens)
-    options = PlanOptions(codec=codec)
-    planned = plan_shape(shape, policy, budget, options)
+    options = options_of(codec=codec)
+    planned = plan_without_prompt(shape, policy, budget, options)
     smallest = smallest_nbytes(shape, policy, options)
+    tiers = _tiers(planned)
     return {
+        "kind": "plan",
         "model": model,
         "policy": policy,
         "budget": budget,
         "budget_bytes": None if budget is None else Budget.parse(budget, shape).nbytes,
+        "codec": codec,
         "tokens": tokens,
         "layers": len(shape.layers),
         "reference_bytes": shape.reference_nbytes,
@@ -46,14 +89,19 @@ def dry_run(
         "wire_bytes": planned.nbytes,
         "fraction": planned.fraction,
         "fraction_native": planned.fraction_native,
-        "tiers": _tiers(planned),
-        "overhead_bytes": planned.nbytes - sum(t["payload_bytes"] for t in _tiers(planned)),
+        "tiers": tiers,
+        "overhead_bytes": planned.nbytes - sum(tier["payload_bytes"] for tier in tiers),
         "smallest_bytes": smallest,
         "smallest_fraction": smallest / shape.reference_nbytes,
         "fixed_rate": not POLICIES[policy].budgeted,
-        "link": link,
-        "link_ms": 1000 * planned.nbytes / rate,
-        "raw_link_ms": 1000 * shape.native_nbytes / rate,
+        "links": [
+            {
+                "link": link,
+                "ms": 1000 * planned.nbytes / rate,
+                "raw_ms": 1000 * shape.native_nbytes / rate,
+            }
+            for link, rate in rates.items()
+        ],
     }
 
 
@@ -72,26 +120,25 @@ def _tiers(planned: Plan) -> list[dict[str, Any]]:
 
 def show_dry_run(result: dict[str, Any]) -> None:
     """Print a dry run."""
-    rows_per_token = sum(t["rows"] for t in result["tiers"]) / result["tokens"]
+    rows_per_token = sum(tier["rows"] for tier in result["tiers"]) / result["tokens"]
+
+    def line(name: str, tokens: str, nbytes: int) -> list[str]:
+        share = console.percent(nbytes / result["reference_bytes"])
+        return [name, tokens, f"{nbytes:,}", console.size(nbytes), share]
+
     rows = [
-        [
-            tier["tier"],
-            f"{tier['rows'] / rows_per_token:.0f}",
-            console.size(tier["payload_bytes"]),
-            console.percent(tier["payload_bytes"] / result["reference_bytes"]),
-        ]
+        line(tier["tier"], f"{tier['rows'] / rows_per_token:.0f}", tier["payload_bytes"])
         for tier in result["tiers"]
     ]
-    overhead = result["overhead_bytes"]
-    share = console.percent(overhead / result["reference_bytes"])
-    rows.append(["maps, manifests, padding", "", console.size(overhead), share])
-    total = [str(result["tokens"]), console.size(result["wire_bytes"])]
-    rows.append(["all wire bytes", *total, console.percent(result["fraction"])])
+    rows.append(line("maps, manifests, padding", "", result["overhead_bytes"]))
+    rows.append(line("all wire bytes", str(result["tokens"]), result["wire_bytes"]))
     title = f"{result['policy']} on {result['model']}, {result['tokens']} tokens"
-    console.table(title, ["tier", "tokens", "bytes", "of 16-bit"], rows)
-    kind = "fixed size" if result["fixed_rate"] else "smallest feasible budget"
-    smallest = console.percent(result["smallest_fraction"])
-    console.out.print(f"{kind}: {result['smallest_bytes']} bytes ({smallest})")
-    console.out.print(
-        f"on {result['link']}: {result['link_ms']:.2f} ms, raw {result['raw_link_ms']:.2f} ms"
-    )
+    console.table(title, ["tier", "tokens", "bytes", "", "of 16-bit"], rows)
+    if not result["fixed_rate"]:
+        _, _, *smallest = line("", "", result["smallest_bytes"])
+        console.out.print(f"smallest feasible budget: {' = '.join(smallest)}\n")
+    links = [
+        [link["link"], f"{link['ms']:.2f}", f"{link['raw_ms']:.2f}"] for link in result["links"]
+    ]
+    columns = ["link", f"{result['policy']} ms", "uncompressed ms"]
+    console.table("time on the link alone", columns, links)

@@ -1,53 +1,90 @@
 """`kvprism eval`: run a task with progress, print one table a cell, write rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kvprism.commands import console
+from kvprism.commands.dry_run import options_of
 from kvprism.errors import BadInput
-from kvprism.evaluate.arms import Arm, arms_of
+from kvprism.evaluate.arms import RAW, Arm, arms_of
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
-from kvprism.evaluate.perplexity import Perplexity
+from kvprism.evaluate.perplexity import Perplexity, read_text
 from kvprism.evaluate.records import Task, collect, load_records
 from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.summary import Comparison, compare, rows_of
-from kvprism.policies import PlanOptions
+
+
+class Heading(NamedTuple):
+    """How a metric is shown: its name, and the scale and unit of its values and of its changes."""
+
+    text: str
+    scale: float = 1
+    unit: str = ""
+    change_scale: float = 1
+    change_unit: str = ""
+
+    def change(self, delta: float) -> str:
+        return f"{_signed(self.change_scale * delta)}{self.change_unit}"
+
+    def interval(self, low: float, high: float) -> str:
+        bounds = (_signed(self.change_scale * bound) for bound in (low, high))
+        return f"[{', '.join(bounds)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
+
 
 HEADINGS = {
-    "perplexity": ("perplexity", "{:.3f}", "{:+.2%}"),
-    "kl_mean": ("KL to raw x1000", "{:.4f}", None),
-    "kl_p99": ("KL p99 x1000", "{:.2f}", None),
-    "top1_flips_per_1000": ("flips / 1000", "{:.2f}", None),
-    "exact_match": ("exact match", "{:.1%}", "{:+.1%}"),
-    "digit_nll": ("digit NLL", "{:.4f}", "{:+.4f}"),
+    "perplexity": Heading("perplexity", change_scale=100, change_unit=" %"),
+    "kl_mean": Heading("KL to raw x1000", 1000, change_scale=1000),
+    "kl_p99": Heading("KL p99 x1000", 1000, change_scale=1000),
+    "top1_flips_per_1000": Heading("top-1 flips /1000"),
+    "exact_match": Heading("exact match", 100, " %", 100, " points"),
+    "digit_nll": Heading("digit NLL"),
 }
-SCALE = {"kl_mean": 1000, "kl_p99": 1000}
+HIGHER_IS_BETTER = {"exact_match"}
+SIGNIFICANT = 0.05
 
 
 def numbers(text: str, what: str) -> list[int]:
-    """`1024,2048` -> [1024, 2048]; `BadInput` names what was meant."""
+    """Whole numbers between commas.
+
+    Example:
+        >>> numbers("1024,2048", "--length")
+        [1024, 2048]
+
+    Raises:
+        BadInput: anything else; names `what` it was meant for.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise BadInput(f"{what} must be whole numbers such as 1024,2048, got {text!r}") from error
+        raise BadInput(f"{what} takes whole numbers such as 1024,2048, got {text!r}") from error
 
 
 def parse_arms(
     policies: str, budgets: str, importance: str, codec: str, seed: int
 ) -> tuple[Arm, ...]:
-    """The arms that the command line names."""
-    options = PlanOptions(importance=importance, codec=codec, seed=seed)
+    """The arms that the command line names.
+
+    Raises:
+        UnknownName: no such policy, importance or codec.
+        BadInput: a budgeted policy and no budget.
+    """
+    options = options_of(importance=importance, codec=codec, seed=seed)
     names = [name.strip() for name in policies.split(",") if name.strip()]
     return arms_of(names, [b for b in budgets.split(",") if b.strip()], options)
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
     """The task that `kvprism eval perplexity` asks for."""
+    read_text(text)  # an unreadable file is found before the model is loaded
     return Perplexity(LoadedModel.load(model), text, **settings)
 
 
@@ -67,57 +104,94 @@ def measure_and_show(task: Task, records: Path | None, json: Path | None) -> Non
 
 
 def show_rows(rows: Sequence[Row]) -> None:
-    """One table per (length, distractors): an arm a line, its metrics with their 95 % intervals."""
+    """One table per (length, distractors): an arm a line, intervals below its figures."""
     for (length, distractors), cell in groupby(rows, lambda r: (r.length, r.distractors)):
         arms = [list(arm) for _, arm in groupby(cell, lambda r: (r.policy, r.budget, r.codec))]
-        names = [row.metric for row in arms[0]]
-        columns = ["arm", "budget", "of 16-bit", "wire bytes", *(HEADINGS[n][0] for n in names)]
-        title = f"{arms[0][0].task}: {length} tokens, n = {arms[0][0].n}"
+        first = arms[0][0]
+        title = f"{first.task}: {length} tokens, n = {first.n}"
         if distractors is not None:
             title += f", {distractors} distractors"
-        console.table(f"{title}; in brackets the 95 % interval", columns, map(_line, arms))
+        columns = ["arm", "of 16-bit", *(HEADINGS[row.metric].text for row in arms[0])]
+        measured = [arm for arm in arms if arm[0].value is not None]
+        console.table(title, columns, map(_line, measured))
+        for arm in arms:
+            if arm[0].value is None:
+                console.out.print(f"{_name(arm[0])}: infeasible, {arm[0].reason}", soft_wrap=True)
+    console.out.print("Below each figure: the 95 % interval of its change from raw, by document.")
 
 
 def _line(arm: list[Row]) -> list[str]:
-    first = arm[0]
-    budget = "fixed" if first.budget is None else str(first.budget)
-    if first.value is None or first.fraction is None or first.wire_bytes is None:
-        return [first.policy, budget, "infeasible", "", *[""] * len(arm)]
-    codec = "" if first.codec == "nested" else f" ({first.codec})"
-    size = [console.percent(first.fraction), str(first.wire_bytes)]
-    return [first.policy + codec, budget, *size, *(_figure(row) for row in arm)]
+    assert arm[0].fraction is not None
+    return [_name(arm[0]), console.percent(arm[0].fraction), *(_figure(row) for row in arm)]
+
+
+def _name(row: Row) -> str:
+    budget = "" if row.budget is None else f" {row.budget}"
+    codec = "" if row.codec == "nested" else f" ({row.codec})"
+    return f"{row.policy}{budget}{codec}"
 
 
 def _figure(row: Row) -> str:
-    """A value, then the interval of its change where the metric has one that reads better."""
-    if row.value is None or row.ci_low is None or row.ci_high is None:
-        return ""
-    _, value, change = HEADINGS[row.metric]
-    scale = SCALE.get(row.metric, 1)
-    low, high = ((change or value).format(scale * bound) for bound in (row.ci_low, row.ci_high))
-    return f"{value.format(scale * row.value)} [{low}, {high}]"
+    """A value, and below it the interval of its change from raw."""
+    assert row.value is not None and row.ci_low is not None and row.ci_high is not None
+    heading = HEADINGS[row.metric]
+    value = f"{heading.scale * row.value:.4g}{heading.unit}"
+    if row.policy == RAW:
+        return value
+    return f"{value}\n{heading.interval(row.ci_low, row.ci_high)}{heading.change_unit}"
 
 
 def show_comparisons(comparisons: Sequence[Comparison]) -> None:
     """One table per metric: a policy against others on the same documents."""
     for metric, found in groupby(comparisons, lambda c: c.metric):
-        scale, value = SCALE.get(metric, 1), HEADINGS[metric][2] or HEADINGS[metric][1]
-        columns = ["policy", "budget", "versus", "of 16-bit", "length", "distractors", "n"]
-        columns += [f"difference in {HEADINGS[metric][0]}", "95 % interval", "Holm p", ""]
-        rows = [_comparison_line(comparison, scale, value) for comparison in found]
-        console.table(f"{metric}: paired differences", columns, rows)
+        group = list(found)
+        cell = ["tokens"] if group[0].distractors is None else ["tokens", "distractors"]
+        columns = ["at", "from", "of 16-bit", *cell, "n", "difference", "95 % interval", "Holm p"]
+        title = f"{HEADINGS[metric].text}: {group[0].policy} against others, paired by document"
+        measured = [comparison for comparison in group if comparison.delta is not None]
+        console.table(title, [*columns, "verdict"], map(_comparison_line, measured))
+    console.out.print(f"A verdict needs a Holm-adjusted p below {SIGNIFICANT} in its table.")
+    for note in dict.fromkeys(note for c in comparisons for note in _notes(c)):
+        console.out.print(note, soft_wrap=True)
 
 
-def _comparison_line(c: Comparison, scale: float, value: str) -> list[str]:
-    cell = [str(c.length), "" if c.distractors is None else str(c.distractors), str(c.n)]
-    head = [c.policy, str(c.budget), f"{c.versus} {c.versus_budget or ''}".strip()]
-    if c.delta is None or c.ci_low is None or c.ci_high is None or c.versus_fraction is None:
-        return [*head, "", *cell, "infeasible", "", "", ""]
-    interval = f"[{value.format(scale * c.ci_low)}, {value.format(scale * c.ci_high)}]"
-    share = console.percent(c.versus_fraction)
-    p = "" if c.p_holm is None else f"{c.p_holm:.4f}"
-    note = f"not ranked: {c.not_ranked}" if c.not_ranked else ""
-    return [*head, share, *cell, value.format(scale * c.delta), interval, p, note]
+def _comparison_line(c: Comparison) -> list[str]:
+    assert c.delta is not None and c.ci_low is not None and c.ci_high is not None
+    heading = HEADINGS[c.metric]
+    return [
+        "fixed" if c.budget is None else str(c.budget),
+        _versus(c),
+        "" if c.versus_fraction is None else console.percent(c.versus_fraction),
+        *map(str, [c.length] if c.distractors is None else [c.length, c.distractors]),
+        str(c.n),
+        heading.change(c.delta),
+        heading.interval(c.ci_low, c.ci_high),
+        "" if c.p_holm is None else f"{c.p_holm:.4f}",
+        _verdict(c),
+    ]
+
+
+def _versus(c: Comparison) -> str:
+    return c.versus if c.versus_budget is None else f"{c.versus} {c.versus_budget}"
+
+
+def _verdict(c: Comparison) -> str:
+    """Whether the first policy is better or worse; `open` where the data does not say."""
+    if c.not_ranked:
+        return "not ranked"
+    if c.delta is None or c.p_holm is None or c.p_holm >= SIGNIFICANT:
+        return "open"
+    return "better" if (c.delta > 0) == (c.metric in HIGHER_IS_BETTER) else "worse"
+
+
+def _notes(c: Comparison) -> Iterator[str]:
+    cell = f"{c.length} tokens" + (
+        "" if c.distractors is None else f", {c.distractors} distractors"
+    )
+    if c.not_ranked:
+        yield f"not ranked: {cell}: {c.not_ranked}"
+    if c.reason:
+        yield f"infeasible: {cell}: {c.policy} {c.budget} from {_versus(c)}: {c.reason}"
 
 
 def compare_and_show(

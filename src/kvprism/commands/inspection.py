@@ -8,11 +8,31 @@ import numpy as np
 
 from kvprism.codec.stream import menu_of, offered_shape
 from kvprism.commands import console
-from kvprism.errors import BadInput, ProtocolViolation
+from kvprism.errors import BadInput, WireError
 from kvprism.layout import Plane, unpack_tier_map
 from kvprism.wire.messages import Offer
 from kvprism.wire.session import FileSession
 from kvprism.wire.stream import Segments, parse
+
+
+class _Census:
+    """What the segments of a stream hold: bytes per plane, rows per tier."""
+
+    def __init__(self, offer: Offer) -> None:
+        self.menu = menu_of(offer)
+        self.manifests = 0
+        self.planes: Counter[str] = Counter()
+        self.rows = np.zeros(len(self.menu), np.int64)
+
+    def count(self, segments: Segments) -> None:
+        self.manifests += 1
+        for block in segments.manifest.blocks:
+            for segment in block.segments:
+                self.planes[Plane(segment.plane).name.lower()] += segment.nbytes
+            heads, tokens = block.heads[1] - block.heads[0], block.tokens[1] - block.tokens[0]
+            tier_map = segments.manifest.maps[block.map]
+            tiers = unpack_tier_map(tier_map, heads, tokens, len(self.menu))
+            self.rows += np.bincount(tiers.reshape(-1), minlength=len(self.menu))
 
 
 def inspect_stream(path: Path) -> dict[str, Any]:
@@ -26,74 +46,82 @@ def inspect_stream(path: Path) -> dict[str, Any]:
         stream = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    try:
+        offer, census = _take_census(stream)
+    except WireError as error:
+        error.args = (f"{path}: {error}",)
+        raise
+    return _described(path, len(stream), offer, census)
+
+
+def _take_census(stream: bytes) -> tuple[Offer, _Census]:
     session = FileSession()
-    planes: Counter[str] = Counter()
-    tiers: Counter[str] = Counter()
-    manifests = 0
-    offer: Offer | None = None
+    census: _Census | None = None
     for event in parse(stream):
         session.handle(event)
         if isinstance(event, Offer):
-            offer = event
-        elif isinstance(event, Segments) and offer is not None:
-            manifests += 1
-            _count(event, offer, planes, tiers)
+            census = _Census(event)
+        elif isinstance(event, Segments) and census is not None:
+            census.count(event)
     session.close()
-    if offer is None:
-        raise ProtocolViolation(f"{path} has no offer")
+    assert session.offer is not None and census is not None  # it closes after a whole stream only
+    return session.offer, census
+
+
+def _described(path: Path, nbytes: int, offer: Offer, census: _Census) -> dict[str, Any]:
     shape = offered_shape(offer)
+    first = shape.layers[0]
     return {
+        "kind": "stream",
         "file": str(path),
         "format": ".".join(map(str, offer.format)),
         "fingerprint": offer.fingerprint.hex(),
         "profile": offer.profile.hex(),
-        "wire_bytes": len(stream),
+        "codecs": sorted({tier.codec for tier in census.menu}),
+        "wire_bytes": nbytes,
         "reference_bytes": shape.reference_nbytes,
-        "fraction": len(stream) / shape.reference_nbytes,
-        "fraction_native": len(stream) / shape.native_nbytes,
+        "native_bytes": shape.native_nbytes,
+        "fraction": nbytes / shape.reference_nbytes,
+        "fraction_native": nbytes / shape.native_nbytes,
         "layers": len(shape.layers),
-        "components": [c._asdict() for c in shape.layers[0].components],
-        "dtype": shape.layers[0].dtype,
-        "token_range": list(shape.layers[0].token_range),
+        "components": [component._asdict() for component in first.components],
+        "dtype": first.dtype,
+        "token_range": list(first.token_range),
         "next_position": shape.next_position,
-        "manifests": manifests,
-        "rows_per_tier": {tier.name: tiers[tier.name] for tier in menu_of(offer)},
-        "plane_bytes": dict(planes),
-        "overhead_bytes": len(stream) - sum(planes.values()),
+        "manifests": census.manifests,
+        "rows_per_tier": {
+            tier.name: int(n) for tier, n in zip(census.menu, census.rows, strict=True)
+        },
+        "plane_bytes": dict(census.planes),
+        "overhead_bytes": nbytes - sum(census.planes.values()),
     }
-
-
-def _count(segments: Segments, offer: Offer, planes: Counter[str], tiers: Counter[str]) -> None:
-    menu = menu_of(offer)
-    for block in segments.manifest.blocks:
-        for segment in block.segments:
-            planes[Plane(segment.plane).name.lower()] += segment.nbytes
-        heads, tokens = block.heads[1] - block.heads[0], block.tokens[1] - block.tokens[0]
-        tier_of = unpack_tier_map(segments.manifest.maps[block.map], heads, tokens, len(menu))
-        for tier, count in zip(
-            menu, np.bincount(tier_of.reshape(-1), minlength=len(menu)), strict=True
-        ):
-            tiers[tier.name] += int(count)
 
 
 def show_stream(result: dict[str, Any]) -> None:
     """Print what `inspect_stream` found."""
     start, stop = result["token_range"]
-    console.out.print(f"{result['file']}: format {result['format']}, every digest is right")
-    console.out.print(
-        f"{result['layers']} layers of {result['components']} in {result['dtype']}, tokens "
-        f"[{start}, {stop}), decode goes on at position {result['next_position']}",
-        markup=False,
+    parts = ", ".join(
+        f"{c['name']} of {c['heads']} heads x {c['channels']}" for c in result["components"]
     )
+    for line in (
+        f"{result['file']}: complete, every digest is right; format {result['format']}",
+        f"{result['layers']} layers ({parts}) in {result['dtype']}, tokens {start} to {stop - 1}; "
+        f"decode goes on at position {result['next_position']}",
+        f"codecs {', '.join(result['codecs'])}; fingerprint {result['fingerprint'][:16]}...",
+    ):
+        console.out.print(line, soft_wrap=True)
     total = sum(result["rows_per_tier"].values())
     rows = [
-        [name, str(n), console.percent(n / total)] for name, n in result["rows_per_tier"].items()
+        [name, f"{n:,}", console.percent(n / total)] for name, n in result["rows_per_tier"].items()
     ]
     console.table("rows (layer, component, head, token) per tier", ["tier", "rows", "share"], rows)
-    parts = {**result["plane_bytes"], "manifests, maps, padding": result["overhead_bytes"]}
+    planes = {
+        **result["plane_bytes"],
+        "manifests, maps, padding": result["overhead_bytes"],
+        "all": result["wire_bytes"],
+    }
     rows = [
-        [name, console.size(n), console.percent(n / result["reference_bytes"])]
-        for name, n in parts.items()
+        [name, f"{n:,}", console.size(n), console.percent(n / result["reference_bytes"])]
+        for name, n in planes.items()
     ]
-    whole = [console.size(result["wire_bytes"]), console.percent(result["fraction"])]
-    console.table("bytes", ["plane", "bytes", "of 16-bit"], [*rows, ["all", *whole]])
+    console.table("bytes", ["plane", "bytes", "", "of 16-bit"], rows)

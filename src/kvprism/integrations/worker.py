@@ -1,316 +1,279 @@
-"""The embedded engine: a prefill and a decode process, driven by a parent over JSON lines.
+"""Worker processes and the parent that drives a pair of them; light, so that both start at once.
 
 Parent and worker speak JSON lines over the worker's stdin and stdout; the KV cache itself goes from
-worker to worker over TCP. A worker beats once a second, so that a killed, stopped or stuck one is
-noticed within `SILENCE_S` whatever it was doing.
+worker to worker over TCP. A worker beats from its first moment, before torch is imported, so that a
+killed, stopped or stuck one is noticed whatever it was doing; and it ends with its parent.
 """
 
+import ctypes
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
-
-import torch
+from typing import Any
 
 from kvprism import errors
-from kvprism.codec.stream import encode
-from kvprism.errors import BadInput, KVPrismError, PeerLost, PeerSilent
-from kvprism.integrations import hf
-from kvprism.pipeline import Receiver, Sender
-from kvprism.plans import Plan
-from kvprism.policies import PlanOptions, plan
-from kvprism.tensors import DTYPES, LayerView, RequestKV
-from kvprism.transport.token import load_token
+from kvprism.errors import KVPrismError, PeerLost, PeerSilent
+from kvprism.transport.token import create_token, load_token
 
-BEAT_S = 1.0
-SILENCE_S = 4.0
-# Importing torch and transformers holds the interpreter for seconds on a busy machine.
+BEAT_S = 0.5
+TICK_S = 0.2
+# Below the 4 s after which a connection gives up: the worker that stands still is named first.
+SILENCE_S = 3.5
+# Loading a library from a cold disk holds the interpreter, and with it the beat.
 START_SILENCE_S = 60.0
-RECEIVE_TIMEOUT_S = 600.0
-TIER_LETTERS = "n84."
+# The sender is told to send as soon as the receiver was told to receive.
+OFFER_S = 10.0
+PR_SET_PDEATHSIG = 1
 
-
-class PrefillWorker:
-    """Prefills prompts and sends their caches."""
-
-    def __init__(self, model: str, token: bytes, cache_dtype: str) -> None:
-        self._model, self._tokenizer = hf.load(model)
-        self._token = token
-        self._cache_dtype = DTYPES[cache_dtype]
-        self._fingerprint = hf.fingerprint(self._model, self._tokenizer)
-        self._kv: RequestKV | None = None
-        self._view: tuple[LayerView, ...] = ()
-
-    def prefill(self, ids: list[int]) -> dict[str, Any]:
-        """Run the prompt and keep its cache; milliseconds and sizes."""
-        started = time.perf_counter()
-        self._kv, self._view = hf.capture(
-            self._model, torch.tensor(ids), cache_dtype=self._cache_dtype
-        )
-        shape = self._kv.shape()
-        return {
-            "prefill_ms": _ms_since(started),
-            "reference_bytes": shape.reference_nbytes,
-            "native_bytes": shape.native_nbytes,
-        }
-
-    def send(
-        self,
-        policy: str,
-        budget: str | None,
-        address: list[Any],
-        options: Mapping[str, Any] | None = None,
-        save: str | None = None,
-    ) -> dict[str, Any]:
-        """Plan, encode and send the prefilled cache; the plan's bytes are asserted on the wire."""
-        if self._kv is None:
-            raise BadInput("nothing was prefilled")
-        started = time.perf_counter()
-        planned = plan(self._view, policy, budget, options=PlanOptions(**(options or {})))
-        plan_ms = _ms_since(started)
-        if save is not None:
-            _save(Path(save), encode(self._kv, planned, fingerprint=self._fingerprint))
-        with Sender((address[0], address[1]), self._token, fingerprint=self._fingerprint) as sender:
-            sent = sender.send(self._kv, planned)
-        assert sent.wire_nbytes == planned.nbytes, (sent.wire_nbytes, planned.nbytes)
-        return {
-            "plan_ms": plan_ms,
-            "encode_ms": 1000 * sent.encode_s,
-            "send_ms": 1000 * sent.seconds,
-            "wire_bytes": sent.wire_nbytes,
-            "fraction": planned.fraction,
-            "fraction_native": planned.fraction_native,
-            **_tokens_by_tier(planned),
-        }
-
-
-class DecodeWorker:
-    """Restores caches and continues them."""
-
-    def __init__(self, model: str, token: bytes, cache_dtype: str) -> None:
-        self._model, self._tokenizer = hf.load(model)
-        self._receiver = Receiver(token, fingerprint=hf.fingerprint(self._model, self._tokenizer))
-        self._kv: RequestKV | None = None
-        self._raw: dict[str, torch.Tensor] = {}
-
-    def address(self) -> dict[str, Any]:
-        """Where this worker listens."""
-        return {"address": list(self._receiver.address)}
-
-    def receive(self) -> dict[str, Any]:
-        """Wait for a cache and restore its tensors."""
-        received = self._receiver.receive(RECEIVE_TIMEOUT_S)
-        self._kv = received.kv
-        return {
-            "decode_ms": 1000 * received.decode_s,
-            "wire_bytes": received.wire_nbytes,
-            "resident_bytes": received.kv.resident_nbytes,
-        }
-
-    def generate(self, ids: list[int], n: int) -> dict[str, Any]:
-        """Greedy tokens after `ids`, whose last token is not in the cache yet."""
-        cache = hf.restore(self._model, self._restored())
-        tokens, times = [], [time.perf_counter()]
-        feed = ids[self._restored().next_position :]
-        for _ in range(n):
-            feed = [int(self._logits(cache, feed)[-1].argmax())]
-            tokens += feed
-            times.append(time.perf_counter())
-        steps_ms = [
-            1000 * (after - before) for before, after in zip(times, times[1:], strict=False)
-        ]
-        return {"tokens": tokens, "steps_ms": steps_ms, "text": self._tokenizer.decode(tokens)}
-
-    def sample(self, ids: list[int], n: int, seed: int) -> dict[str, Any]:
-        """A continuation drawn from the model: the text on which arms are compared."""
-        cache = hf.restore(self._model, self._restored())
-        generator = torch.Generator().manual_seed(seed)
-        tokens: list[int] = []
-        feed = ids[self._restored().next_position :]
-        for _ in range(n):
-            chances = self._logits(cache, feed)[-1].softmax(dim=-1)
-            feed = [int(torch.multinomial(chances, 1, generator=generator))]
-            tokens += feed
-        return {"tokens": tokens}
-
-    def score(self, ids: list[int], name: str, raw: bool) -> dict[str, Any]:
-        """Teacher-forced `ids` (prompt and continuation): argmax tokens, and KL to the raw arm's."""
-        cache = hf.restore(self._model, self._restored())
-        logits = self._logits(cache, ids[self._restored().next_position :]).log_softmax(dim=-1)
-        if raw:
-            self._raw[name] = logits
-        reference = self._raw[name]
-        kl = (reference.exp() * (reference - logits)).sum(dim=-1)
-        return {"argmax": logits.argmax(dim=-1).tolist(), "kl": kl.tolist()}
-
-    def _restored(self) -> RequestKV:
-        if self._kv is None:
-            raise BadInput("no cache was received")
-        return self._kv
-
-    def _logits(self, cache: Any, ids: list[int]) -> torch.Tensor:
-        """float64 `[token, vocabulary]` of the fed tokens."""
-        with torch.inference_mode():
-            output = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        return output.logits[0].double()
-
-
-ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
+Json = dict[str, Any]
+Say = Callable[[Json], None]
 
 
 def serve(role: str, model: str, token_file: Path, cache_dtype: str) -> None:
-    """Be a worker until stdin closes: one JSON request a line, one JSON answer a line."""
-    out = sys.stdout
-    sys.stdout = sys.stderr  # so that no library's print can break the protocol
-    lock = threading.Lock()
-    threading.Thread(target=_beat, args=(out, lock), daemon=True).start()
+    """Be a worker until the parent is gone: one JSON request a line, one JSON answer a line."""
+    _end_with_parent()
+    say = _claim_stdout()
+    requests: queue.SimpleQueue[Json] = queue.SimpleQueue()
+    for work in (partial(_beat, say), partial(_read_requests, requests)):
+        threading.Thread(target=work, daemon=True).start()
+    workers: list[Any] = []
+    say(_outcome(lambda: workers.append(_load(role, model, token_file, cache_dtype))))
+    while workers:
+        say(_outcome(partial(_answer, workers[0], requests.get())))
+
+
+def _load(role: str, model: str, token_file: Path, cache_dtype: str) -> Any:
+    from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+
+    token = load_token(token_file)
+    return (
+        DecodeWorker(model, token) if role == "decode" else PrefillWorker(model, token, cache_dtype)
+    )
+
+
+def _answer(worker: Any, request: Json) -> Any:
+    return getattr(worker, request.pop("op"))(**request)
+
+
+def _outcome(work: Callable[[], Any]) -> Json:
     try:
-        worker = ROLES[role](model, load_token(token_file), cache_dtype)
+        return {"result": work()}
     except KVPrismError as error:
-        _say(out, lock, _failure(error))
-        return
-    _say(out, lock, {"result": {"ready": True}})
+        return {"error": type(error).__name__, "message": str(error), "fields": vars(error)}
+    except Exception as error:  # a bug here must not leave the parent waiting
+        traceback.print_exc()
+        message = f"a worker failed unexpectedly: {type(error).__name__}: {error}"
+        return {"error": "KVPrismError", "message": message, "fields": {}}
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to kill this process with the thread that started it, even while stopped."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _claim_stdout() -> Say:
+    """The only way to the parent; what any library prints goes to stderr from now on."""
+    out, lock = os.fdopen(os.dup(1), "w"), threading.Lock()
+    os.dup2(2, 1)
+
+    def say(message: Json) -> None:
+        with lock:
+            try:
+                print(json.dumps(message), file=out, flush=True)
+            except OSError:
+                os._exit(1)
+
+    return say
+
+
+def _beat(say: Say) -> None:
+    while True:
+        say({})
+        time.sleep(BEAT_S)
+
+
+def _read_requests(requests: "queue.SimpleQueue[Json]") -> None:
     for line in sys.stdin:
-        call = json.loads(line)
-        try:
-            answer = {"result": getattr(worker, call.pop("op"))(**call)}
-        except KVPrismError as error:
-            answer = _failure(error)
-        _say(out, lock, answer)
+        requests.put(json.loads(line))
+    os._exit(0)  # the parent is gone, whatever the other threads are doing
 
 
 class Worker:
-    """The parent's handle on one worker process.
+    """The parent's handle on one worker process, which runs one operation at a time.
 
     Raises:
         PeerLost: the process ended; PeerSilent: it has not beaten for `SILENCE_S`; and whatever
-        kvprism error the worker itself raised.
+        kvprism error the worker itself raised, with its type, text and fields.
     """
 
-    def __init__(
-        self, role: str, model: str, token_file: Path, cache_dtype: str = "bfloat16"
-    ) -> None:
-        self.role = role
-        command = [sys.executable, "-m", "kvprism", "worker", role, "--model", model]
+    def __init__(self, role: str, model: str, token_file: Path, cache_dtype: str) -> None:
+        self.role, self.busy = role, True  # loading
+        # -P: what lies in the working directory must not stand in for a library.
+        command = [sys.executable, "-P", "-m", "kvprism", "worker", role, "--model", model]
         command += ["--token-file", str(token_file), "--cache-dtype", cache_dtype]
+        # A process group of its own: the terminal's Ctrl-C is for the parent to act on.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
-        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._silence_s = START_SILENCE_S
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._answers: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
+        self._quiet_ticks, self._patience_s = 0, START_SILENCE_S
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def __str__(self) -> str:
+        return f"the {self.role} worker (pid {self.pid})"
+
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def ready(self) -> None:
-        """Wait until the model is loaded."""
-        self.wait()
-        self._silence_s = SILENCE_S
-
-    def call(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Start an operation and wait for its answer."""
-        self.start(op, **arguments)
-        return self.wait()
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError), self._process:  # OSError: a request that it never read
+            self._process.kill()
+            self._listener.join()
 
     def start(self, op: str, **arguments: Any) -> None:
-        """Start an operation; `wait` gives its answer."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-            self._process.stdin.flush()
-        except OSError as error:
-            raise self._lost() from error
+        """Start an operation; `poll` gives its answer."""
+        assert not self.busy, f"{self} has not answered yet"
+        self.busy = True
+        line = json.dumps({"op": op, **arguments}) + "\n"
+        # A stopped worker's pipe may be full, and nobody may wait for that.
+        threading.Thread(target=self._write, args=(line,), daemon=True).start()
 
-    def wait(self) -> dict[str, Any]:
-        """The answer of the operation under way."""
-        while True:
-            try:
-                line = self._lines.get(timeout=self._silence_s)
-            except queue.Empty:
-                raise PeerSilent(
-                    f"the {self.role} worker (pid {self.pid}) gave no sign of life for "
-                    f"{self._silence_s:.0f} s"
-                ) from None
-            if line is None:
-                raise self._lost()
-            if "error" in line:
-                raise _rebuilt(line["error"], line["message"])
-            if "result" in line:
-                result: dict[str, Any] = line["result"]
-                return result
+    def poll(self) -> Json | None:
+        """The answer, if it comes within `TICK_S`: `{"result": ...}`."""
+        try:
+            answer = self._answers.get(timeout=TICK_S)
+        except queue.Empty:
+            return None
+        if answer is None:
+            raise self._lost()
+        self.busy, self._patience_s = False, SILENCE_S
+        if "error" in answer:
+            raise _rebuilt(answer["error"], answer["message"], answer["fields"])
+        return answer
+
+    def check(self) -> None:
+        """Called once a tick while anything is waited for; raises if this worker is dead or silent.
+
+        Ticks are counted and not seconds: a parent that was itself suspended has counted none.
+        """
+        if not self._listener.is_alive():
+            raise self._lost()
+        self._quiet_ticks += 1
+        if self._quiet_ticks * TICK_S > self._patience_s:
+            raise PeerSilent(f"{self} gave no sign of life for {self._patience_s:g} s")
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it is dead, and `check` says so
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._lines.put(json.loads(line))
-        self._lines.put(None)
+            self._quiet_ticks = 0
+            if message := json.loads(line):
+                self._answers.put(message)
+        self._answers.put(None)
 
     def _lost(self) -> PeerLost:
         code = self._process.wait()
-        return PeerLost(f"the {self.role} worker (pid {self.pid}) ended with status {code}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return PeerLost(f"{self} {how}")
 
 
-def _beat(out: TextIO, lock: threading.Lock) -> None:
-    while True:
-        _say(out, lock, {"beat": True})
-        time.sleep(BEAT_S)
+class Pair:
+    """A prefill and a decode worker; whichever is waited for, both must be alive."""
+
+    def __init__(self, prefill: Worker, decode: Worker) -> None:
+        self.prefill, self.decode = prefill, decode
+        self._address: list[Any] | None = None
+
+    def ready(self) -> None:
+        """Wait until both models are loaded."""
+        for worker in (self.prefill, self.decode):
+            self._wait(worker)
+
+    def call(self, worker: Worker, op: str, **arguments: Any) -> Any:
+        """Run an operation once both are ready; what it returns, or raises."""
+        self._settle(worker)
+        worker.start(op, **arguments)
+        return self._wait(worker)
+
+    def transfer(self) -> Json:
+        """Send what was planned and restore it; sizes and timings of both sides."""
+        if self._address is None:
+            self._address = self.call(self.decode, "address")
+        self._settle(self.decode)
+        self.decode.start("receive", timeout_s=OFFER_S)
+        sent = self.call(self.prefill, "send", address=self._address)
+        return {**self._wait(self.decode), **sent}
+
+    def _settle(self, worker: Worker) -> None:
+        """Let the worker finish what an earlier failure left it with."""
+        try:
+            while worker.busy:
+                self._wait(worker)
+        except KVPrismError:
+            if worker.busy:  # this is no answer: it is dead or silent
+                raise
+
+    def _wait(self, worker: Worker) -> Any:
+        while True:
+            try:
+                answer = worker.poll()
+            except (PeerLost, PeerSilent):
+                self._name_culprit()
+                raise
+            if answer is not None:
+                return answer["result"]
+            self._check()
+
+    def _name_culprit(self) -> None:
+        """A worker that lost its peer is the first to say so; give the other's silence its time."""
+        for _ in range(round(1 / TICK_S)):
+            self._check()
+            time.sleep(TICK_S)
+
+    def _check(self) -> None:
+        for worker in (self.prefill, self.decode):
+            worker.check()
 
 
-def _say(out: TextIO, lock: threading.Lock, message: dict[str, Any]) -> None:
-    with lock:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+@contextmanager
+def worker_pair(model: str, cache_dtype: str = "bfloat16") -> Iterator[Pair]:
+    """Start both workers side by side, with a token of their own; they load while the body runs."""
+    with tempfile.TemporaryDirectory(prefix="kvprism-") as folder:
+        token_file = Path(folder) / "token"
+        create_token(token_file)
+        with (
+            Worker("prefill", model, token_file, cache_dtype) as prefill,
+            Worker("decode", model, token_file, cache_dtype) as decode,
+        ):
+            yield Pair(prefill, decode)
 
 
-def _failure(error: KVPrismError) -> dict[str, Any]:
-    return {"error": type(error).__name__, "message": str(error)}
-
-
-def _rebuilt(name: str, message: str) -> KVPrismError:
-    """The worker's error here: its type and its text, without the values that only it had."""
+def _rebuilt(name: str, message: str, fields: Json) -> KVPrismError:
+    """The worker's error, here."""
     kind: type[KVPrismError] = getattr(errors, name)
     error = kind.__new__(kind)
     error.args = (message,)
+    vars(error).update(fields)
     return error
-
-
-def _tokens_by_tier(planned: Plan) -> dict[str, Any]:
-    """Tokens per tier and one letter per token, from the first layer's first head."""
-    first = planned.layers[0]
-    tiers = first.tier_of[first.shape.components[0].name][0]
-    letters = "".join(TIER_LETTERS[tier] for tier in tiers)
-    counts = {tier.name: letters.count(TIER_LETTERS[i]) for i, tier in enumerate(planned.menu)}
-    return {"tiers": counts, "tier_of_token": letters}
-
-
-def _save(path: Path, stream: bytes) -> None:
-    """Write a stream that only its owner may read: it holds the prompt's cache."""
-    temporary = path.with_name(path.name + ".part")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(stream)
-    temporary.replace(path)
-
-
-def _ms_since(started: float) -> float:
-    return 1000 * (time.perf_counter() - started)

@@ -1,0 +1,224 @@
+"""`kvprism run`, `prefill`, `decode`: a prompt prefilled in one process and continued in another.
+
+`run` starts both processes; `prefill` and `decode` are one each, for two terminals or two machines,
+where both sides are given the prompt and only the cache crosses the wire.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kvprism.commands import console
+from kvprism.commands.dry_run import options_of, plan_without_prompt
+from kvprism.errors import AuthenticationFailed, BadInput
+from kvprism.evaluate.perplexity import read_text
+from kvprism.integrations import hf
+from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
+from kvprism.integrations.worker import worker_pair
+from kvprism.transport import tcp
+from kvprism.transport.token import load_token
+
+Say = Callable[[str], None]
+Result = dict[str, Any]
+TIMINGS = {
+    "run": ("prefill", "plan", "encode", "transfer", "decode", "first_token", "ttft"),
+    "prefill": ("prefill", "plan", "encode", "transfer"),
+    "decode": ("receive", "decode", "first_token"),
+}
+
+
+def read_prompt(model: str, file: Path, tokens: int | None, new_tokens: int = 0) -> list[int]:
+    """The file's token ids, the first `tokens` of them if that is given.
+
+    Raises:
+        UnknownName: no such model.
+        BadInput: unreadable, empty, or longer than the model's context leaves room for.
+    """
+    text = read_text(file)
+    ids: list[int] = hf.load_tokenizer(model)(text, verbose=False)["input_ids"][:tokens]
+    longest = hf.load_config(model).max_position_embeddings - new_tokens
+    if len(ids) < 2:
+        raise BadInput(f"{file} has {len(ids)} tokens, at least 2 are needed")
+    if len(ids) > longest:
+        raise BadInput(
+            f"{file} has {len(ids)} tokens, {model} takes at most {longest} before {new_tokens} "
+            "new ones; --tokens takes the first ones, --new-tokens leaves more room"
+        )
+    return ids
+
+
+def _check_plan(
+    model: str, ids: list[int], policy: str, budget: str | None, options: Mapping[str, Any]
+) -> None:
+    shape = hf.shape_of(hf.load_config(model), len(ids) - 1)
+    plan_without_prompt(shape, policy, budget, options_of(**options))
+
+
+def run_file(
+    model: str,
+    file: Path,
+    policy: str,
+    budget: str | None,
+    options: Mapping[str, Any],
+    *,
+    tokens: int | None,
+    new_tokens: int,
+    cache_dtype: str,
+    save: Path | None,
+    say: Say,
+) -> Result:
+    """Prefill a text in one process, send it under one policy, and continue it in the other.
+
+    Raises:
+        BadInput: see `read_prompt` and `plan_without_prompt`.
+        PeerLost, PeerSilent: a worker died, or stands still.
+    """
+    with worker_pair(model, cache_dtype) as pair:
+        ids = read_prompt(model, file, tokens, new_tokens)
+        _check_plan(model, ids, policy, budget, options)
+        pair.ready()
+        say("prefilling")
+        result = pair.call(pair.prefill, "prefill", ids=ids)
+        say("sending")
+        plan = {"policy": policy, "budget": budget, "options": options}
+        result |= pair.call(pair.prefill, "plan", **plan)
+        if save is not None:
+            pair.call(pair.prefill, "save", path=str(save))
+        result |= pair.transfer()
+        say("continuing")
+        result |= pair.call(pair.decode, "generate", ids=ids, n=new_tokens)
+    result["ttft_ms"] = ttft_ms(result)
+    return _described(
+        "run", model, file, ids, {"policy": policy, "budget": budget, **options}, result
+    )
+
+
+def prefill_here(
+    model: str,
+    file: Path,
+    to: str,
+    token_file: Path,
+    policy: str,
+    budget: str | None,
+    options: Mapping[str, Any],
+    *,
+    tokens: int | None,
+    cache_dtype: str,
+    allow_remote: bool,
+    say: Say,
+) -> Result:
+    """Connect to a decode side, prefill a text here, and send its cache there.
+
+    Raises:
+        BadInput: see `read_prompt` and `plan_without_prompt`; a bad address or token file.
+        TransportError: nobody listens there, or it does not hold our token, or it went away.
+        Rejected: the other side runs another model.
+    """
+    address, token = parse_address(to), load_token(token_file)
+    ids = read_prompt(model, file, tokens)
+    _check_plan(model, ids, policy, budget, options)
+    worker = PrefillWorker(model, token, cache_dtype)
+    say(f"connecting to {to}")
+    with worker.connect(*address, allow_remote) as sender:
+        say("prefilling")
+        result = worker.prefill(ids)
+        say("sending")
+        result |= worker.plan(policy, budget, options)
+        result |= worker.send_over(sender)
+    settings = {"policy": policy, "budget": budget, **options, "to": to}
+    return _described("prefill", model, file, ids, settings, result)
+
+
+def decode_here(
+    model: str,
+    file: Path,
+    token_file: Path,
+    *,
+    host: str,
+    port: int,
+    tokens: int | None,
+    new_tokens: int,
+    timeout_s: float,
+    allow_remote: bool,
+    say: Say,
+) -> Result:
+    """Listen, take the prompt's cache from a prefill side, and continue it here.
+
+    Raises:
+        BadInput: see `read_prompt`; a bad token file, an address off loopback.
+        AddressInUse: the port is taken.
+        PeerSilent, PeerLost: no cache came in time, or the other side went away in the middle.
+        PositionMismatch: the cache is of a longer or a shorter prompt.
+    """
+    token = load_token(token_file)
+    with tcp.listen(host, port, allow_remote=allow_remote):
+        pass  # a port that is taken is found before the model is loaded
+    ids = read_prompt(model, file, tokens, new_tokens)
+    with DecodeWorker(model, token, host=host, port=port, allow_remote=allow_remote) as worker:
+        address = format_address(*worker.address())
+        console.out.print(f"listening on {address}", soft_wrap=True)
+        say("waiting for a cache")
+        result = _receive(worker, timeout_s, len(ids))
+        say("continuing")
+        result |= worker.generate(ids, new_tokens)
+    return _described("decode", model, file, ids, {"address": address}, result)
+
+
+def _receive(worker: DecodeWorker, timeout_s: float, n_prompt: int) -> Result:
+    """Whoever does not hold the token is refused, and does not end the wait for who does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return worker.receive(max(0.0, deadline - time.monotonic()), n_prompt)
+        except AuthenticationFailed as error:
+            console.notes.print(f"refused: {error}", soft_wrap=True)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port.
+
+    Example:
+        >>> parse_address("127.0.0.1:7000"), parse_address("[::1]:7000")
+        (('127.0.0.1', 7000), ('::1', 7000))
+
+    Raises:
+        BadInput: anything else.
+    """
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text)
+    if match is None:
+        raise BadInput(f"{text!r} is not an address such as 127.0.0.1:7000 or [::1]:7000")
+    return match[1] or match[2], int(match[3])
+
+
+def format_address(host: str, port: int) -> str:
+    """What `parse_address` reads."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _described(
+    kind: str, model: str, file: Path, ids: list[int], settings: Result, result: Result
+) -> Result:
+    head = {"kind": kind, "model": model, "file": str(file), **settings}
+    whole = {**head, "context_tokens": len(ids), **result}
+    return {**whole, "definitions": {k: v for k, v in DEFINITIONS.items() if k in whole}}
+
+
+def show_transfer(result: Result) -> None:
+    """Print what one side, or both, did with one request."""
+    timings = TIMINGS[result["kind"]]
+    sizes = [console.size(result["wire_bytes"]), console.percent(result["fraction"])]
+    columns = ["wire bytes", "of 16-bit", *(name.replace("_", " ") for name in timings)]
+    row = [*sizes, *(console.ms(result[f"{name}_ms"]) for name in timings)]
+    subject = f"{result['policy']}, " if "policy" in result else ""
+    title = f"{subject}{result['context_tokens']} tokens on {result['model']}"
+    console.table(f"{title}: one cold request, times in milliseconds", columns, [row])
+    if "tiers" in result:
+        tiers = ", ".join(f"{count} {name}" for name, count in result["tiers"].items() if count)
+        console.out.print(f"tokens: {tiers}")
+    elif result["kept_tokens"] < result["context_tokens"] - 1:
+        console.out.print(f"tokens: {result['kept_tokens']} kept, the others were dropped")
+    if "text" in result:
+        console.out.print("the decode side goes on with:")
+        console.out.print(result["text"], soft_wrap=True)

@@ -1,0 +1,286 @@
+"""What a prefill and a decode worker do with their model; `worker` makes processes of them."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kvprism.codec.stream import encode
+from kvprism.core import ITEMSIZE
+from kvprism.errors import BadInput, PositionMismatch, UnknownName
+from kvprism.integrations import hf
+from kvprism.pipeline import Receiver, Sender
+from kvprism.plans import Plan
+from kvprism.policies import PlanOptions, plan
+from kvprism.tensors import DTYPES, LayerView, RequestKV
+
+T = TypeVar("T")
+
+TIER_LETTERS = "n84."
+DEFINITIONS = {
+    "wire_bytes": "every byte of the request: payload, scales, tier maps, manifests, digests, "
+    "padding",
+    "reference_bytes": "the same cache at 16 bits a value",
+    "native_bytes": "the same cache in the dtype in which the prefill side keeps it",
+    "fraction": "wire_bytes / reference_bytes",
+    "fraction_native": "wire_bytes / native_bytes",
+    "resident_bytes": "memory that the restored cache takes",
+    "kept_tokens": "tokens that the first layer of the restored cache holds; others were dropped",
+    "tiers": "tokens per tier in the first layer's first head",
+    "tier_of_token": "one letter a token: n native, 8 INT8, 4 INT4, . dropped; the last prompt "
+    "token is not sent, the decode side computes it again",
+    "prefill_ms": "the prompt without its last token, with the capture of cache and queries",
+    "plan_ms": "from the captured prompt to an exact plan",
+    "encode_ms": "encoding, on the prefill side's clock",
+    "transfer_ms": "from the offer to the acknowledgement on the prefill side's clock, less "
+    "encode_ms",
+    "decode_ms": "decoding, on the decode side's clock; it goes on while layers are still encoded "
+    "and moved, so it lies within encode_ms + transfer_ms and is not added to them",
+    "receive_ms": "from the offer to the last piece, on the decode side's clock",
+    "first_token_ms": "from the restored tensors to the first token: the cache is built, the last "
+    "prompt position and the question, if there is one, are computed",
+    "second_token_ms": "one more token: a decode step alone",
+    "ttft_ms": "prefill_ms + plan_ms + encode_ms + transfer_ms + first_token_ms",
+}
+
+
+class _Role:
+    """A model, its tokenizer and the token that both ends share."""
+
+    def __init__(self, model: str, token: bytes) -> None:
+        self._model, self._tokenizer = hf.load(model)
+        self._token = token
+        self._fingerprint = hf.fingerprint(self._model, self._tokenizer)
+
+    def describe(self) -> dict[str, Any]:
+        """The size of the model."""
+        return {"parameters": sum(p.numel() for p in self._model.parameters())}
+
+
+class PrefillWorker(_Role):
+    """Prefills prompts, plans and sends their caches.
+
+    Raises:
+        UnknownName: no such model or cache dtype.
+    """
+
+    def __init__(self, model: str, token: bytes, cache_dtype: str = "bfloat16") -> None:
+        if cache_dtype not in DTYPES:
+            raise UnknownName("cache dtype", cache_dtype, list(ITEMSIZE))
+        super().__init__(model, token)
+        self._cache_dtype = DTYPES[cache_dtype]
+        self._captured: tuple[RequestKV, tuple[LayerView, ...]] | None = None
+        self._plan: Plan | None = None
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        """Run the prompt but for its last token, and keep its cache."""
+        started = time.perf_counter()
+        prompt = torch.tensor(ids[:-1])
+        self._captured = hf.capture(self._model, prompt, cache_dtype=self._cache_dtype)
+        self._plan = None
+        elapsed_ms = _ms_since(started)
+        shape = self._captured[0].shape()
+        return {
+            "prefill_ms": elapsed_ms,
+            "reference_bytes": shape.reference_nbytes,
+            "native_bytes": shape.native_nbytes,
+        }
+
+    def plan(
+        self, policy: str, budget: str | None, options: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Decide the tier of every token of the prefilled cache."""
+        _, view = _required(self._captured, "prefilled")
+        started = time.perf_counter()
+        self._plan = plan(view, policy, budget, options=PlanOptions(**(options or {})))
+        return {
+            "plan_ms": _ms_since(started),
+            "fraction": self._plan.fraction,
+            "fraction_native": self._plan.fraction_native,
+            **_tokens_by_tier(self._plan),
+        }
+
+    def save(self, path: str) -> None:
+        """Write the planned stream to a file that only its owner may read: it holds the prompt."""
+        kv, _ = _required(self._captured, "prefilled")
+        stream = encode(kv, _required(self._plan, "planned"), fingerprint=self._fingerprint)
+        _write_private(Path(path), stream)
+
+    def connect(self, host: str, port: int, allow_remote: bool = False) -> Sender:
+        """An authenticated connection to a decode worker of the same model."""
+        return Sender(
+            (host, port), self._token, fingerprint=self._fingerprint, allow_remote=allow_remote
+        )
+
+    def send(self, address: tuple[str, int]) -> dict[str, Any]:
+        """Connect, and send the planned cache."""
+        with self.connect(*address) as sender:
+            return self.send_over(sender)
+
+    def send_over(self, sender: Sender) -> dict[str, Any]:
+        """Encode and send the planned cache; the bytes on the wire are the planned ones."""
+        kv, _ = _required(self._captured, "prefilled")
+        planned = _required(self._plan, "planned")
+        sent = sender.send(kv, planned)
+        assert sent.wire_nbytes == planned.nbytes, (sent.wire_nbytes, planned.nbytes)
+        return {
+            "wire_bytes": sent.wire_nbytes,
+            "encode_ms": 1000 * sent.encode_s,
+            "transfer_ms": 1000 * (sent.seconds - sent.encode_s),
+        }
+
+
+class DecodeWorker(_Role):
+    """Listens, restores caches and continues them.
+
+    Raises:
+        UnknownName: no such model.
+        AddressInUse: the port is taken.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        token: bytes,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        allow_remote: bool = False,
+    ) -> None:
+        super().__init__(model, token)
+        self._receiver = Receiver(
+            token, host=host, port=port, fingerprint=self._fingerprint, allow_remote=allow_remote
+        )
+        self._kv: RequestKV | None = None
+        self._raw: torch.Tensor | None = None
+
+    def __enter__(self) -> "DecodeWorker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._receiver.close()
+
+    def address(self) -> tuple[str, int]:
+        """Where this worker listens."""
+        return self._receiver.address
+
+    def receive(self, timeout_s: float, n_prompt: int | None = None) -> dict[str, Any]:
+        """Wait for a cache and restore its tensors; n_prompt: the tokens of its prompt, if known.
+
+        Raises:
+            PositionMismatch: it is the cache of a longer or a shorter prompt.
+        """
+        self._kv = None
+        received = self._receiver.receive(timeout_s)
+        position = received.kv.next_position
+        if n_prompt is not None and position != n_prompt - 1:
+            raise PositionMismatch(
+                f"the prompt has {n_prompt} tokens here, so that its cache goes on at position "
+                f"{n_prompt - 1}; the one received goes on at {position}: give both sides one text"
+            )
+        self._kv = received.kv
+        reference = hf.shape_of(self._model, position).reference_nbytes
+        return {
+            "wire_bytes": received.wire_nbytes,
+            "fraction": received.wire_nbytes / reference,
+            "resident_bytes": received.kv.resident_nbytes,
+            "kept_tokens": len(received.kv.layers[0].positions),
+            "receive_ms": 1000 * received.seconds,
+            "decode_ms": 1000 * received.decode_s,
+        }
+
+    def generate(self, ids: list[int], n: int, ignore_eos: bool = False) -> dict[str, Any]:
+        """Up to `n` greedy tokens after `ids`, of which the cache holds the beginning."""
+        times = [time.perf_counter()]
+        cache, feed = self._restored(ids)
+        tokens: list[int] = []
+        while len(tokens) < n and (ignore_eos or self._tokenizer.eos_token_id not in tokens):
+            feed = [int(self._logits(cache, feed)[-1].argmax())]
+            tokens += feed
+            times.append(time.perf_counter())
+        steps_ms = [1000 * (after - before) for before, after in pairwise(times)]
+        return {
+            "first_token_ms": steps_ms[0],
+            "second_token_ms": steps_ms[1] if len(steps_ms) > 1 else None,
+            "text": self._tokenizer.decode(tokens),
+        }
+
+    def sample(self, ids: list[int], n: int, seed: int) -> list[int]:
+        """A continuation drawn from the model: the text on which arms are compared."""
+        cache, feed = self._restored(ids)
+        generator = torch.Generator().manual_seed(seed)
+        tokens: list[int] = []
+        for _ in range(n):
+            chances = self._logits(cache, feed)[-1].softmax(dim=-1)
+            feed = [int(torch.multinomial(chances, 1, generator=generator))]
+            tokens += feed
+        return tokens
+
+    def kl_to_raw(self, ids: list[int], raw: bool) -> float:
+        """Mean KL(raw || this cache) in nats over what `ids` feeds; raw: this is the reference."""
+        cache, feed = self._restored(ids)
+        logits = self._logits(cache, feed).log_softmax(dim=-1)
+        if raw:
+            self._raw = logits
+        reference = _required(self._raw, "scored as raw")
+        return float((reference.exp() * (reference - logits)).sum(dim=-1).mean())
+
+    def _restored(self, ids: list[int]) -> tuple[Any, list[int]]:
+        """A fresh cache, and the tokens of `ids` that it does not hold."""
+        kv = _required(self._kv, "received")
+        if kv.next_position >= len(ids):
+            raise PositionMismatch(
+                f"the cache goes on at position {kv.next_position}, where {len(ids)} tokens leave "
+                "nothing to compute"
+            )
+        return hf.restore(self._model, kv), ids[kv.next_position :]
+
+    def _logits(self, cache: Any, ids: list[int]) -> torch.Tensor:
+        """float64 `[token, vocabulary]` of the fed tokens."""
+        with torch.inference_mode():
+            output = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        logits: torch.Tensor = output.logits[0].double()
+        return logits
+
+
+ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
+
+
+def ttft_ms(timings: Mapping[str, float]) -> float:
+    """Time to first token, from the parts that follow each other; see `DEFINITIONS`."""
+    parts = ("prefill_ms", "plan_ms", "encode_ms", "transfer_ms", "first_token_ms")
+    return sum(timings[part] for part in parts)
+
+
+def _required(value: T | None, what: str) -> T:
+    """What an earlier operation left."""
+    if value is None:
+        raise BadInput(f"nothing was {what} yet")
+    return value
+
+
+def _tokens_by_tier(planned: Plan) -> dict[str, Any]:
+    first = planned.layers[0]
+    tiers = first.tier_of[first.shape.components[0].name][0]
+    letters = "".join(TIER_LETTERS[tier] for tier in tiers)
+    counts = {tier.name: letters.count(TIER_LETTERS[i]) for i, tier in enumerate(planned.menu)}
+    return {"tiers": counts, "tier_of_token": letters}
+
+
+def _write_private(path: Path, contents: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.touch(0o600, exist_ok=False)
+        temporary.write_bytes(contents)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {path}: {error.strerror}") from error
+
+
+def _ms_since(started: float) -> float:
+    return 1000 * (time.perf_counter() - started)
