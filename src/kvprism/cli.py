@@ -110,12 +110,18 @@ def demo(
     from kvprism.commands import console
 
     with console.one_line_errors(json, report):
-        from kvprism.commands.demo import run_demo, show_demo
+        from kvprism.integrations.worker import worker_pair
 
-        if report is not None:
-            from kvprism.report import write_demo_report
-        with console.status("starting a prefill and a decode worker") as say:
-            result = run_demo(model, context, seed, say)
+        with (
+            console.status("starting a prefill and a decode worker") as say,
+            worker_pair(model) as pair,
+        ):
+            # Here torch is imported while the workers import it too.
+            from kvprism.commands.demo import run_demo, show_demo
+
+            if report is not None:
+                from kvprism.report import write_demo_report
+            result = run_demo(pair, model, context, seed, say)
         show_demo(result)
         console.write_json(json, result)
         if report is not None:
@@ -140,14 +146,20 @@ def run(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Prefill a file, send its cache to a second process, continue there."""
+    """Prefill a file, send its cache to another process, go on there."""
     from kvprism.commands import console
 
     with console.one_line_errors(json, save):
-        from kvprism.commands.transfer import run_file, show_transfer
+        from kvprism.integrations.worker import worker_pair
 
-        with console.status("starting a prefill and a decode worker") as say:
+        with (
+            console.status("starting a prefill and a decode worker") as say,
+            worker_pair(model, cache_dtype) as pair,
+        ):
+            from kvprism.commands.transfer import run_file, show_transfer
+
             result = run_file(
+                pair,
                 model,
                 file,
                 policy,
@@ -155,7 +167,6 @@ def run(
                 {"importance": importance, "codec": codec, "seed": seed},
                 tokens=tokens,
                 new_tokens=new_tokens,
-                cache_dtype=cache_dtype,
                 save=save,
                 say=say,
             )
@@ -365,7 +376,11 @@ def perplexity(
     records: Records = None,
     json: Json = None,
 ) -> None:
-    """Perplexity, KL to raw and top-1 flips of a continuation on the restored cache."""
+    """Perplexity, KL and flips of continuations on restored caches.
+
+    For every policy at every budget: perplexity, mean and p99 KL to raw, and how often the most
+    likely token differs, with paired 95 % intervals over documents.
+    """
     from kvprism.commands import console
 
     with console.one_line_errors(json, records):
@@ -411,7 +426,11 @@ def needle(
     records: Records = None,
     json: Json = None,
 ) -> None:
-    """Facts hidden in a long text, asked for on the restored cache."""
+    """Facts hidden in a long text, asked for on restored caches.
+
+    For every policy at every budget: exact match, digit NLL and mean KL to raw, with paired 95 %
+    intervals over cases.
+    """
     from kvprism.commands import console
 
     with console.one_line_errors(json, records):
@@ -442,7 +461,7 @@ def compare(
     ] = "random-tiers,int4",
     json: Json = None,
 ) -> None:
-    """Paired differences of one policy from others, on recorded documents."""
+    """Paired differences of one policy from others, from records."""
     from kvprism.commands import console
 
     with console.one_line_errors(json):

@@ -1,4 +1,4 @@
-"""Every error a caller may catch; each message names the thing, the expected, the got and the way out.
+"""Every error a caller may catch; messages name the thing, the expected, the got and the way out.
 
 KVPrismError
     BadInput                a value from outside is wrong (also a ValueError)
@@ -9,12 +9,12 @@ KVPrismError
     MissingSignal           a scorer needs something that the capture did not record
     ProfileMismatch         a profile made for another model or deployment
     PositionMismatch        a continuation that would not start at the true next position
-    CodecError              a value that the chosen tier cannot hold, or planes that do not fit the plan
+    CodecError              a value that its tier cannot hold, or planes that do not fit the plan
     WireError               bytes that are not a valid stream
         Truncated           the stream ended inside a frame or segment
         Damaged             a digest does not match
         LimitExceeded       a declared length above its bound; refused before any allocation
-        ProtocolViolation   a valid frame at the wrong time, or with contents that contradict the offer
+        ProtocolViolation   a valid frame at the wrong time, or one that contradicts the offer
         TicketRefused       unknown, expired or already used ticket
         Rejected            the peer refused the handshake; carries the field and both values
             Busy            the peer has no byte credit left for this request
@@ -102,7 +102,7 @@ class TicketRefused(WireError):
 
 
 class Rejected(WireError):
-    """The peer refused the handshake; `field` names the cause, `ours` and `theirs` the two values."""
+    """The peer refused the handshake over `field`, of which `ours` and `theirs` are the values."""
 
     def __init__(self, code: str, field: str, ours: str, theirs: str) -> None:
         super().__init__(f"peer refused ({code}): {field} is {theirs} there and {ours} here")

@@ -183,6 +183,13 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def ms(value: float) -> str:
-    """Milliseconds without their unit; one decimal where it says something."""
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+def timing_columns(names: Iterable[str]) -> list[str]:
+    """Headings of timings; what lies within others and is not added to them is in brackets."""
+    special = {"decode": "(decode)", "first_token": "first token", "ttft": "TTFT"}
+    return [special.get(name, name) for name in names]
+
+
+def timings(names: Iterable[str], result: Mapping[str, Any]) -> list[str]:
+    """The cells of those columns: milliseconds, one decimal where it says something."""
+    values = [float(result[f"{name}_ms"]) for name in names]
+    return [f"{value:.1f}" if value < 1000 else f"{value:.0f}" for value in values]

@@ -18,13 +18,14 @@ from kvprism.evaluate.haystack import Facts, hide_facts
 from kvprism.evaluate.rows import provenance
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, ttft_ms
-from kvprism.integrations.worker import Pair, worker_pair
+from kvprism.integrations.worker import Pair
 
 REPEATS = 5
 CONTINUATION = 128
 FACTS = 4
 ANSWER_TOKENS = 8
 SIZES = ("wire_bytes", "fraction", "fraction_native", "resident_bytes", "tiers", "tier_of_token")
+SHOWN_TIMINGS = ("prefill", "plan", "encode", "transfer", "decode", "first_token", "ttft")
 TIMINGS = ("plan_ms", "encode_ms", "transfer_ms", "decode_ms")
 
 
@@ -54,8 +55,12 @@ NOTES = {
 }
 
 
-def run_demo(model: str, context: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Hide facts in a long text, prefill it, and send its cache once per arm.
+def run_demo(
+    pair: Pair, model: str, context: int, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Hide facts in a long text, prefill it, and send its cache under every policy.
+
+    pair: two workers that may still be loading `model`.
 
     Raises:
         UnknownName: no such model.
@@ -63,16 +68,15 @@ def run_demo(model: str, context: int, seed: int, say: Callable[[str], None]) ->
         PeerLost, PeerSilent: a worker died, or stands still.
     """
     started = time.perf_counter()
-    with worker_pair(model) as pair:
-        facts, prompt = _facts(model, context, seed)
-        pair.ready()
-        described = _describe(model, pair)
-        say("prefilling")
-        prefilled = _prefill(pair, facts.context_ids.tolist())
-        arms, continuation = [], list[int]()
-        for arm in ARMS:
-            say(f"sending and asking: {arm.label}")
-            arms.append(_measured(pair, arm, facts, prefilled["prefill_ms"], continuation, seed))
+    facts, prompt = _facts(model, context, seed)
+    pair.ready()
+    described = _describe(model, pair)
+    say("prefilling")
+    prefilled = _prefill(pair, facts.context_ids.tolist())
+    arms, continuation = [], list[int]()
+    for arm in ARMS:
+        say(f"sending and asking: {arm.label}")
+        arms.append(_measured(pair, arm, facts, prefilled["prefill_ms"], continuation, seed))
     return {
         "kind": "demo",
         "model": described,
@@ -191,11 +195,8 @@ def show_demo(result: dict[str, Any]) -> None:
     title = f"{result['context_tokens']} tokens on {result['model']['name']}: what is sent and kept"
     columns = ["arm", "wire bytes", "of 16-bit", "answers right", "KL to raw", "in memory"]
     console.table(title, columns, rows)
-    timings = ("prefill", "plan", "encode", "transfer", "decode", "first_token", "ttft")
-    rows = [
-        [arm["label"], *(console.ms(arm[f"{name}_ms"]) for name in timings)] for arm in measured
-    ]
-    columns = ["arm", "prefill", "plan", "encode", "transfer", "(decode)", "first token", "TTFT"]
+    rows = [[arm["label"], *console.timings(SHOWN_TIMINGS, arm)] for arm in measured]
+    columns = ["arm", *console.timing_columns(SHOWN_TIMINGS)]
     console.table("milliseconds, medians of warm runs, loopback TCP", columns, rows)
     for arm in result["arms"]:
         if "error" in arm:

@@ -16,7 +16,7 @@ from kvprism.errors import AuthenticationFailed, BadInput
 from kvprism.evaluate.perplexity import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
-from kvprism.integrations.worker import worker_pair
+from kvprism.integrations.worker import Pair
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
 
@@ -57,6 +57,7 @@ def _check_plan(
 
 
 def run_file(
+    pair: Pair,
     model: str,
     file: Path,
     policy: str,
@@ -65,30 +66,30 @@ def run_file(
     *,
     tokens: int | None,
     new_tokens: int,
-    cache_dtype: str,
     save: Path | None,
     say: Say,
 ) -> Result:
     """Prefill a text in one process, send it under one policy, and continue it in the other.
 
+    pair: two workers that may still be loading `model`.
+
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`.
         PeerLost, PeerSilent: a worker died, or stands still.
     """
-    with worker_pair(model, cache_dtype) as pair:
-        ids = read_prompt(model, file, tokens, new_tokens)
-        _check_plan(model, ids, policy, budget, options)
-        pair.ready()
-        say("prefilling")
-        result = pair.call(pair.prefill, "prefill", ids=ids)
-        say("sending")
-        plan = {"policy": policy, "budget": budget, "options": options}
-        result |= pair.call(pair.prefill, "plan", **plan)
-        if save is not None:
-            pair.call(pair.prefill, "save", path=str(save))
-        result |= pair.transfer()
-        say("continuing")
-        result |= pair.call(pair.decode, "generate", ids=ids, n=new_tokens)
+    ids = read_prompt(model, file, tokens, new_tokens)
+    _check_plan(model, ids, policy, budget, options)
+    pair.ready()
+    say("prefilling")
+    result = pair.call(pair.prefill, "prefill", ids=ids)
+    say("sending")
+    plan = {"policy": policy, "budget": budget, "options": options}
+    result |= pair.call(pair.prefill, "plan", **plan)
+    if save is not None:
+        pair.call(pair.prefill, "save", path=str(save))
+    result |= pair.transfer()
+    say("continuing")
+    result |= pair.call(pair.decode, "generate", ids=ids, n=new_tokens)
     result["ttft_ms"] = ttft_ms(result)
     return _described(
         "run", model, file, ids, {"policy": policy, "budget": budget, **options}, result
@@ -207,10 +208,10 @@ def _described(
 
 def show_transfer(result: Result) -> None:
     """Print what one side, or both, did with one request."""
-    timings = TIMINGS[result["kind"]]
+    names = TIMINGS[result["kind"]]
+    columns = ["wire bytes", "of 16-bit", *console.timing_columns(names)]
     sizes = [console.size(result["wire_bytes"]), console.percent(result["fraction"])]
-    columns = ["wire bytes", "of 16-bit", *(name.replace("_", " ") for name in timings)]
-    row = [*sizes, *(console.ms(result[f"{name}_ms"]) for name in timings)]
+    row = [*sizes, *console.timings(names, result)]
     subject = f"{result['policy']}, " if "policy" in result else ""
     title = f"{subject}{result['context_tokens']} tokens on {result['model']}"
     console.table(f"{title}: one cold request, times in milliseconds", columns, [row])

@@ -118,6 +118,7 @@ class PrefillWorker(_Role):
 
     def send(self, address: tuple[str, int]) -> dict[str, Any]:
         """Connect, and send the planned cache."""
+        _required(self._plan, "planned")
         with self.connect(*address) as sender:
             return self.send_over(sender)
 

@@ -54,9 +54,9 @@ def serve(role: str, model: str, token_file: Path, cache_dtype: str) -> None:
 
 
 def _load(role: str, model: str, token_file: Path, cache_dtype: str) -> Any:
+    token = load_token(token_file)
     from kvprism.integrations.roles import DecodeWorker, PrefillWorker
 
-    token = load_token(token_file)
     return (
         DecodeWorker(model, token) if role == "decode" else PrefillWorker(model, token, cache_dtype)
     )

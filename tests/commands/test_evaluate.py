@@ -1,0 +1,160 @@
+"""The evaluation commands: rows to the contract, tables that fit, records that resume."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from .conftest import Run, failure, read_json
+
+CONTRACT = shlex.split(
+    "task model policy budget metric value baseline delta ci_low ci_high n wire_bytes "
+    "reference_bytes fraction fraction_native resident_bytes length distractors seed commit "
+    "versions"
+)
+LABELS = ["codec", "importance", "fixed_rate", "wire_only", "reason"]
+TABLE_COLUMNS = 120
+
+PERPLEXITY = shlex.split(
+    "eval perplexity --model tiny --context 256 --continuation 64 --documents 2 "
+    "--policy raw,int8,spectrum,sinks-recent --budget 0.10,0.30 --seed 0"
+)
+NEEDLE = shlex.split(
+    "eval needle --model tiny --length 256 --depths 2 --trials 1 --distractors 0,1 "
+    "--policy int4,pdtrim --budget 0.30"
+)
+
+
+def widest(text: str) -> int:
+    """The widest line of the tables; sentences may be longer, they fold."""
+    return max(len(line) for line in text.splitlines() if "  " in line)
+
+
+@pytest.fixture(scope="module")
+def perplexity(run: Run, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("perplexity")
+    files = ["--json", folder / "rows.json", "--records", folder / "records.jsonl"]
+    result = run(*PERPLEXITY, "--text", text, *files)
+    assert result.exit_code == 0, result.output
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_perplexity_rows_have_the_keys_of_the_contract(perplexity: Path) -> None:
+    rows = read_json(perplexity / "rows.json")
+    for row in rows:
+        assert set(row) == {*CONTRACT, *LABELS}
+    metrics = ["perplexity", "kl_mean", "kl_p99", "top1_flips_per_1000"]
+    assert [row["metric"] for row in rows[:4]] == metrics
+    arms = list(dict.fromkeys((row["policy"], row["budget"]) for row in rows))
+    assert arms == [
+        *(("raw", None), ("int8", None), ("spectrum", 0.1), ("spectrum", 0.3)),
+        *(("sinks-recent", 0.1), ("sinks-recent", 0.3)),
+    ]
+
+
+def test_an_infeasible_budget_has_no_value_and_a_reason(perplexity: Path) -> None:
+    rows = [row for row in read_json(perplexity / "rows.json") if row["policy"] == "spectrum"]
+    infeasible = [row for row in rows if row["budget"] == 0.1]
+    assert {row["value"] for row in infeasible} == {None}
+    assert all("budget too small" in row["reason"] for row in infeasible)
+    shown = (perplexity / "stdout").read_text()
+    assert "spectrum 0.1: infeasible, 2 of 2 documents: budget too small" in shown
+
+
+def test_the_table_of_perplexity_survives_a_narrow_log(perplexity: Path) -> None:
+    assert widest((perplexity / "stdout").read_text()) <= TABLE_COLUMNS
+
+
+def test_a_second_run_measures_only_what_is_missing(run: Run, text: Path, perplexity: Path) -> None:
+    records, again = perplexity / "records.jsonl", perplexity / "again.json"
+    whole = records.read_bytes()
+    header, *lines = whole.splitlines(keepends=True)
+    records.write_bytes(header + b"".join(lines[: len(lines) // 2]))
+    result = run(*PERPLEXITY, "--text", text, "--json", again, "--records", records)
+    assert result.exit_code == 0
+    assert records.read_bytes() == whole
+    assert read_json(again) == read_json(perplexity / "rows.json")
+
+
+def test_records_of_another_run_are_not_mixed_in(run: Run, text: Path, perplexity: Path) -> None:
+    records = perplexity / "records.jsonl"
+    result = run(*PERPLEXITY, "--text", text, "--records", records, "--documents", 3)
+    assert result.exit_code == 2
+    assert "documents: 2, now 3" in failure(result)
+
+
+def test_compare_gives_paired_differences(run: Run, perplexity: Path) -> None:
+    json = perplexity / "comparisons.json"
+    arguments = ["--policy", "spectrum", "--versus", "int8,sinks-recent", "--json", json]
+    result = run("eval", "compare", perplexity / "records.jsonl", *arguments)
+    assert result.exit_code == 0
+    found = [c for c in read_json(json) if c["metric"] == "kl_mean" and c["budget"] == 0.3]
+    assert {c["versus"]: c["delta"] > 0 for c in found} == {"int8": True, "sinks-recent": False}
+    assert "worse" in result.stdout and "better" in result.stdout
+    assert "infeasible: 256 tokens: spectrum 0.1 from int8" in result.stdout
+    assert widest(result.stdout) <= TABLE_COLUMNS
+
+
+def test_needle_rows_have_a_cell_per_count_of_distractors(run: Run, tmp_path: Path) -> None:
+    records, json = tmp_path / "records.jsonl", tmp_path / "rows.json"
+    result = run(*NEEDLE, "--json", json, "--records", records)
+    assert result.exit_code == 0, result.output
+    rows = read_json(json)
+    assert {(row["length"], row["distractors"], row["n"]) for row in rows} == {
+        (256, 0, 2),
+        (256, 1, 2),
+    }
+    assert [row["metric"] for row in rows[:3]] == ["exact_match", "digit_nll", "kl_mean"]
+    assert {row["policy"] for row in rows} == {"raw", "int4", "pdtrim"}
+    assert widest(result.stdout) <= TABLE_COLUMNS
+    compared = run("eval", "compare", records, "--policy", "int4", "--versus", "pdtrim")
+    assert "not ranked: 256 tokens, 0 distractors: n = 2 is below 100" in compared.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--policy", "best"], "unknown policy 'best'"),
+        (["--importance", "luck"], "unknown importance 'luck'; known: attention"),
+        (["--codec", "zip"], "unknown codec 'zip'"),
+        (["--budget", ""], "policy 'spectrum' needs a budget"),
+        (["--documents", "99"], "99 documents of 256 + 64 need"),
+        (["--context", "5000"], "ask for at most"),
+        (["--model", "none-such"], "unknown model 'none-such'"),
+        (["--cache-dtype", "int3"], "cache dtype 'int3' is not in"),
+    ],
+)
+def test_bad_settings_of_perplexity_are_one_line(
+    run: Run, text: Path, arguments: list[str], said: str
+) -> None:
+    result = run(*PERPLEXITY, "--text", text, *arguments)
+    assert result.exit_code == 2
+    assert said in failure(result)
+
+
+def test_a_text_that_is_none_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    assert "as UTF-8 text" in failure(run(*PERPLEXITY, "--text", tmp_path / "binary"))
+    assert "No such file" in failure(run(*PERPLEXITY, "--text", tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--length", "1k"], "--length takes whole numbers such as 1024,2048, got '1k'"),
+        (["--distractors", "few"], "--distractors takes whole numbers"),
+        (["--length", "20"], "length 20 holds no text"),
+        (["--length", "9000"], "the model has 4096"),
+    ],
+)
+def test_bad_settings_of_needle_are_one_line(run: Run, arguments: list[str], said: str) -> None:
+    result = run(*NEEDLE, *arguments)
+    assert result.exit_code == 2
+    assert said in failure(result)
+
+
+def test_files_that_hold_no_records_are_refused(run: Run, text: Path) -> None:
+    result = run("eval", "compare", text)
+    assert result.exit_code == 2
+    assert "is not a file of kvprism evaluation records" in failure(result)

@@ -1,0 +1,181 @@
+"""run, and the pair of prefill and decode in two processes."""
+
+import re
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvprism
+from kvprism.commands.transfer import format_address, parse_address
+from kvprism.errors import BadInput
+
+from .conftest import Run, failure, read_json
+
+
+@pytest.fixture(scope="module")
+def token(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("token") / "token"
+    assert run("token", path).exit_code == 0
+    return path
+
+
+@contextmanager
+def decoding(prompt: Path, token: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`kvprism decode` in a process of its own."""
+    command = [sys.executable, "-m", "kvprism", "decode", "--file", prompt, "--token-file", token]
+    with subprocess.Popen(
+        [str(each) for each in [*command, *arguments]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    match = re.fullmatch(r"listening on (\S+)\n", process.stdout.readline())
+    assert match is not None
+    return match[1]
+
+
+def test_run_sends_saves_and_continues(run: Run, prompt: Path, tmp_path: Path) -> None:
+    saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
+    arguments = ["--policy", "sinks-recent", "--budget", "50%", "--new-tokens", 4]
+    result = run("run", "--file", prompt, *arguments, "--save", saved, "--json", json)
+    assert result.exit_code == 0, result.output
+    done = read_json(json)
+    assert (done["kind"], done["policy"], done["budget"]) == ("run", "sinks-recent", "50%")
+    assert done["fraction"] <= 0.5
+    assert done["wire_bytes"] == saved.stat().st_size
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    kv = kvprism.decode(saved.read_bytes())
+    assert kv.next_position == done["context_tokens"] - 1
+    assert len(kv.layers[0].positions) == done["kept_tokens"] == done["tiers"]["native"]
+    assert result.stdout.endswith(done["text"] + "\n")
+    assert {name for name in done if name.endswith("_ms")} <= set(done["definitions"])
+
+
+def test_a_wrong_token_is_refused_and_the_right_one_then_served(
+    run: Run, prompt: Path, token: Path, tmp_path: Path
+) -> None:
+    wrong, json = tmp_path / "wrong", tmp_path / "decode.json"
+    run("token", wrong)
+    with decoding(prompt, token, "--new-tokens", 4, "--json", json) as process:
+        to = address_of(process)
+        send = ["prefill", "--file", prompt, "--to", to, "--budget", "40%"]
+        refused = run(*send, "--token-file", wrong)
+        assert refused.exit_code == 3
+        assert "AuthenticationFailed: the receiver" in failure(refused)
+        sent = run(*send, "--token-file", token, "--json", tmp_path / "prefill.json")
+        assert sent.exit_code == 0, sent.output
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    assert "refused: the sender does not hold our token" in stderr
+    ours, theirs = read_json(tmp_path / "prefill.json"), read_json(json)
+    assert (ours["kind"], theirs["kind"]) == ("prefill", "decode")
+    assert ours["wire_bytes"] == theirs["wire_bytes"]
+    assert ours["fraction"] == theirs["fraction"] <= 0.4
+    assert ours["context_tokens"] == theirs["context_tokens"] == theirs["kept_tokens"] + 1
+    assert stdout.endswith(theirs["text"] + "\n")
+
+
+def test_decode_gives_up_when_nobody_comes(run: Run, prompt: Path, token: Path) -> None:
+    result = run("decode", "--file", prompt, "--token-file", token, "--timeout", 0.2)
+    assert result.exit_code == 3
+    assert re.search(r"PeerSilent: nobody connected to 127\.0\.0\.1 port \d+", failure(result))
+
+
+def test_a_port_that_is_taken_is_found_first(run: Run, prompt: Path, token: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        arguments = ["--file", prompt, "--token-file", token, "--port", port]
+        result = run("decode", *arguments, "--model", "never-loaded")
+    assert result.exit_code == 3
+    assert f"AddressInUse: port {port} on 127.0.0.1 is taken" in failure(result)
+
+
+def test_prefill_notices_that_nobody_listens(run: Run, prompt: Path, token: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        to = format_address(*closed.getsockname())
+    arguments = ["--file", prompt, "--to", to, "--token-file", token]
+    result = run("prefill", *arguments, "--budget", "40%")
+    assert result.exit_code == 3
+    assert "PeerLost: cannot reach 127.0.0.1" in failure(result)
+
+
+def test_prefill_notices_a_peer_that_says_nothing(run: Run, prompt: Path, token: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        to = format_address(*silent.getsockname())
+        arguments = ["--file", prompt, "--to", to, "--token-file", token]
+        result = run("prefill", *arguments, "--budget", "40%")
+    assert result.exit_code == 3
+    assert "PeerSilent: 127.0.0.1" in failure(result)
+
+
+BAD_PREFILL: list[tuple[dict[str, Any], str]] = [
+    ({"--to": "somewhere"}, "'somewhere' is not an address such as 127.0.0.1:7000"),
+    ({"--to": "8.8.8.8:7000"}, "is not a loopback address"),
+    ({"--to": "127.0.0.1:99999"}, "port 99999 is not in [0, 65535]"),
+    ({"--token-file": "missing"}, "token file missing cannot be read"),
+    ({"--file": "missing"}, "cannot read missing as UTF-8 text"),
+    ({"--budget": "1%"}, "budget too small for policy 'spectrum'"),
+    ({"--importance": "luck"}, "unknown importance 'luck'"),
+    ({"--model": "none-such"}, "unknown model 'none-such'"),
+    ({"--cache-dtype": "int3"}, "unknown cache dtype 'int3'"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), BAD_PREFILL, ids=lambda each: str(each))
+def test_bad_input_of_prefill_is_one_line(
+    run: Run, prompt: Path, token: Path, changed: dict[str, Any], said: str
+) -> None:
+    options = {"--file": prompt, "--to": "127.0.0.1:9", "--token-file": token, "--budget": "40%"}
+    options |= changed
+    result = run("prefill", *(part for option in options.items() for part in option))
+    assert result.exit_code == 2
+    assert said in failure(result)
+
+
+def test_prompts_that_do_not_fit_are_refused(
+    run: Run, text: Path, token: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    arguments = ["--token-file", token, "--new-tokens", 4000]
+    for file, said in [
+        (tmp_path / "empty", "has 0 tokens, at least 2 are needed"),
+        (tmp_path / "binary", "as UTF-8 text"),
+        (text, "tiny takes at most 96 before 4000 new ones; --tokens takes the first ones"),
+    ]:
+        result = run("decode", "--file", file, *arguments)
+        assert result.exit_code == 2
+        assert said in failure(result)
+
+
+def test_a_token_file_is_made_once_and_is_private(run: Run, token: Path) -> None:
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    result = run("token", token)
+    assert result.exit_code == 2
+    assert "exists already" in failure(result)
+
+
+@pytest.mark.parametrize("address", [("127.0.0.1", 7000), ("::1", 1), ("node-3.local", 65535)])
+def test_addresses_are_read_as_they_are_written(address: tuple[str, int]) -> None:
+    assert parse_address(format_address(*address)) == address
+
+
+@pytest.mark.parametrize("text", ["", "host", ":7000", "host:", "host:port", "::1:7000", "a b:1"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="is not an address"):
+        parse_address(text)
