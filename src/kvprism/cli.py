@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from kvprism.commands import console
+
 app = typer.Typer(
     name="kvprism",
     help="Send far fewer KV-cache bytes from prefill to decode, at the same answer quality.",
@@ -107,8 +109,6 @@ def demo(
     Hides facts in a long text, prefills it, sends its cache to a second process under six policies,
     and asks for the facts there. Needs no network and no argument.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors(json, report):
         from kvprism.integrations.worker import worker_pair
 
@@ -116,15 +116,16 @@ def demo(
             console.status("starting a prefill and a decode worker") as say,
             worker_pair(model) as pair,
         ):
-            # Here torch is imported while the workers import it too.
+            # While the workers import torch, this process does.
+            console.load("kvprism.commands.demo", *["kvprism.report"] * (report is not None))
             from kvprism.commands.demo import run_demo, show_demo
 
-            if report is not None:
-                from kvprism.report import write_demo_report
             result = run_demo(pair, model, context, seed, say)
         show_demo(result)
         console.write_json(json, result)
         if report is not None:
+            from kvprism.report import write_demo_report
+
             write_demo_report(result, report)
             console.out.print(f"report: {report}")
 
@@ -147,8 +148,6 @@ def run(
     json: Json = None,
 ) -> None:
     """Prefill a file, send its cache to another process, go on there."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json, save):
         from kvprism.integrations.worker import worker_pair
 
@@ -156,6 +155,7 @@ def run(
             console.status("starting a prefill and a decode worker") as say,
             worker_pair(model, cache_dtype) as pair,
         ):
+            console.load("kvprism.commands.transfer")
             from kvprism.commands.transfer import run_file, show_transfer
 
             result = run_file(
@@ -194,9 +194,8 @@ def prefill(
     json: Json = None,
 ) -> None:
     """Prefill a file here and send its cache to a kvprism decode."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.transfer")
         from kvprism.commands.transfer import prefill_here, show_transfer
 
         with console.status("reading the prompt, loading the model") as say:
@@ -239,9 +238,8 @@ def decode(
     Prints the address that it listens on. Both sides are given the prompt, as behind a proxy: only
     the cache crosses the wire.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.transfer")
         from kvprism.commands.transfer import decode_here, show_transfer
 
         with console.status("reading the prompt, loading the model") as say:
@@ -269,8 +267,6 @@ def token(
 
     32 random bytes in a file that only its owner may read; copy it to the other side.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors():
         from kvprism.transport.token import create_token
 
@@ -294,9 +290,8 @@ def plan(
 
     From the model's shape alone: neither weights nor a prompt are needed.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.dry_run")
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
         result = dry_run(model, policy, budget, tokens, link, codec)
@@ -310,9 +305,8 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Verify every byte of a saved stream and say what is in it."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.inspection")
         from kvprism.commands.inspection import inspect_stream, show_stream
 
         result = inspect_stream(file)
@@ -323,9 +317,8 @@ def inspect(
 @app.command(epilog="Example: kvprism doctor --json doctor.json")
 def doctor(json: Json = None) -> None:
     """Check this installation: versions, models, loopback, codec speed."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.doctor")
         from kvprism.commands.doctor import examine, show_findings
 
         findings = examine()
@@ -338,9 +331,8 @@ def doctor(json: Json = None) -> None:
 @app.command(epilog="Example: kvprism policies --json policies.json")
 def policies(json: Json = None) -> None:
     """List the policies."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.policies")
         from kvprism.policies import POLICIES
 
         rows = [
@@ -381,9 +373,8 @@ def perplexity(
     For every policy at every budget: perplexity, mean and p99 KL to raw, and how often the most
     likely token differs, with paired 95 % intervals over documents.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors(json, records):
+        console.load("kvprism.commands.evaluate")
         from kvprism.commands.evaluate import measure_and_show, parse_arms, run_perplexity
 
         task = run_perplexity(
@@ -431,9 +422,8 @@ def needle(
     For every policy at every budget: exact match, digit NLL and mean KL to raw, with paired 95 %
     intervals over cases.
     """
-    from kvprism.commands import console
-
     with console.one_line_errors(json, records):
+        console.load("kvprism.commands.evaluate")
         from kvprism.commands.evaluate import measure_and_show, numbers, parse_arms, run_needle
 
         task = run_needle(
@@ -462,9 +452,8 @@ def compare(
     json: Json = None,
 ) -> None:
     """Paired differences of one policy from others, from records."""
-    from kvprism.commands import console
-
     with console.one_line_errors(json):
+        console.load("kvprism.commands.evaluate")
         from kvprism.commands.evaluate import compare_and_show
 
         compare_and_show(records, policy, versus.split(","), json)
@@ -489,4 +478,8 @@ def main() -> None:
     # everything takes up to a hundred times longer. Read when torch is loaded; workers inherit it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        console.end_at_once_if_loading(done.code)
+        raise

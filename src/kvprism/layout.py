@@ -87,11 +87,12 @@ def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
     if len({tier.codec for tier in quantised}) > 1:
         raise BadInput(f"one quantised codec per menu, got {sorted({t.codec for t in quantised})}")
     native = channels * itemsize
-    for tier in quantised:
-        if row_nbytes(tier, channels, itemsize) >= native:
+    for tier in menu:
+        nbytes = row_nbytes(tier, channels, itemsize)
+        if tier in quantised and nbytes >= native:
             raise BadInput(
-                f"tier {tier.name!r} takes {row_nbytes(tier, channels, itemsize)} bytes for a row "
-                f"of {channels} channels, native takes {native}; use a menu without this tier"
+                f"tier {tier.name!r} takes {nbytes} bytes for a row of {channels} channels, native "
+                f"takes {native}; use a menu without this tier"
             )
 
 

@@ -2,25 +2,20 @@
 
 import json
 import os
+import queue
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -29,6 +24,7 @@ from kvprism.errors import BadInput, KVPrismError, TransportError, WireError
 LOG_COLUMNS = 160
 LOG_EVERY_S = 15.0
 EXIT_OTHER, EXIT_BAD_INPUT, EXIT_TRANSFER, EXIT_INTERRUPTED = 1, 2, 3, 130
+LOADER = "kvprism-loader"
 EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "jinja2": "report"}
 
 
@@ -64,6 +60,35 @@ def one_line_errors(*outputs: Path | None) -> Iterator[None]:
         raise _failure(way_out, EXIT_OTHER) from error
     except KeyboardInterrupt as error:
         raise _failure("interrupted", EXIT_INTERRUPTED) from error
+
+
+def load(*modules: str) -> None:
+    """Import what takes seconds, beside the main thread, which a Ctrl-C can interrupt meanwhile.
+
+    In the middle of an import its exception would be lost in C++, or abort the process.
+    """
+    done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            for module in modules:
+                import_module(module)
+        except Exception as error:  # raised again where it was asked for
+            done.put(error)
+        else:
+            done.put(None)
+
+    threading.Thread(target=work, name=LOADER, daemon=True).start()
+    if error := done.get():
+        raise error
+
+
+def end_at_once_if_loading(code: str | int | None) -> None:
+    """The interpreter cannot tear down what another thread is still importing."""
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else EXIT_OTHER)
 
 
 def _failure(message: str, code: int) -> typer.Exit:
@@ -107,6 +132,15 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     if not notes.is_terminal:
         yield _logged_progress(label)
         return
+    from rich.progress import (  # not for --help
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,0 +1,141 @@
+"""Peers for the pipeline's tests: a thread, a process, and a link that a test can damage."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from kvprism.errors import KVPrismError
+from kvprism.pipeline import Received, Receiver, Sender, Sent
+from kvprism.plans import Plan
+from kvprism.tensors import RequestKV
+
+TOKEN = bytes(range(32))
+SILENCE_S = 1.0
+PATIENCE_S = 20.0
+
+
+@contextmanager
+def in_thread(action: Callable[[], Any]) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(action)
+
+
+def send_once(address: tuple[str, int], kv: RequestKV, plan: Plan, **settings: Any) -> Sent:
+    settings = {"token": TOKEN, "silence_s": PATIENCE_S, **settings}
+    with Sender(address, **settings) as sender:
+        return sender.send(kv, plan)
+
+
+def exchanged(receiver: Receiver, kv: RequestKV, plan: Plan) -> tuple[Sent, Received]:
+    """The receiver still works: one request, on a connection of its own."""
+    with in_thread(lambda: send_once(receiver.address, kv, plan)) as sent:
+        received = receiver.receive(PATIENCE_S)
+        return sent.result(), received
+
+
+class Tap:
+    """A link on loopback: records what the sender says, and lets a test change it."""
+
+    def __init__(
+        self, target: tuple[str, int], change: Callable[[bytes], bytes] = lambda data: data
+    ) -> None:
+        self.recorded = bytearray()
+        self._change, self._target = change, target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listener.getsockname()
+        return host, port
+
+    def __enter__(self) -> "Tap":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self._sockets:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(self._target)
+                self._sockets += [near, far]
+                for pump in (
+                    threading.Thread(target=self._pump, args=(near, far, self._record)),
+                    threading.Thread(target=self._pump, args=(far, near, lambda data: data)),
+                ):
+                    self._threads.append(pump)
+                    pump.start()
+
+    def _record(self, data: bytes) -> bytes:
+        self.recorded += data
+        return self._change(data)
+
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]
+    ) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(change(data))
+        for sock in (source, sink):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def peer_process(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """This file as a process of its own, and the first line that it prints; killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+
+
+def half_a_request(host: str, port: int) -> None:
+    """Send the first of two layers, say so, and then nothing."""
+    from strategies import NATIVE, cache, plan_of
+
+    kv = cache()
+    plan = plan_of(kv, NATIVE)
+    with Sender((host, port), TOKEN, silence_s=PATIENCE_S) as sender:
+        transfer = sender.open(plan.shape, plan.menu)
+        transfer.send_layer(kv.layers[0], plan.layers[0])
+        print("sent", flush=True)
+        time.sleep(1000)
+
+
+def receive_for_ever() -> None:
+    """Say where, then take one request after another."""
+    with Receiver(TOKEN, silence_s=PATIENCE_S) as receiver:
+        print(receiver.address[1], flush=True)
+        while True:
+            with suppress(KVPrismError):
+                receiver.receive(1000)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "receive":
+        receive_for_ever()
+    else:
+        half_a_request(sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,611 @@
+"""Sender and Receiver over real TCP: what arrives, what is refused, and what a fault costs."""
+
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from peers import (
+    PATIENCE_S,
+    SILENCE_S,
+    TOKEN,
+    Tap,
+    exchanged,
+    in_thread,
+    peer_process,
+    send_once,
+)
+from strategies import DROP, INT4, INT8, NATIVE, cache, plan_of, same_cache, view_of
+
+from kvprism.codec.stream import decode, encode
+from kvprism.core import Capability, KVShape
+from kvprism.errors import (
+    AddressInUse,
+    AuthenticationFailed,
+    BadInput,
+    Busy,
+    CodecError,
+    Damaged,
+    KVPrismError,
+    LimitExceeded,
+    PeerLost,
+    PeerSilent,
+    PositionMismatch,
+    ProtocolViolation,
+    Rejected,
+    ShapeMismatch,
+    TicketRefused,
+    Unsupported,
+    WireError,
+)
+from kvprism.layout import Split
+from kvprism.pipeline import Receiver, Sender
+from kvprism.plans import Plan
+from kvprism.policies import PlanOptions, plan
+from kvprism.tensors import RequestKV
+
+TIERS = np.random.default_rng(0).integers(0, 3, (4, 24))
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver(TOKEN, silence_s=PATIENCE_S) as listening:
+        yield listening
+
+
+def request(**shape: Any) -> tuple[RequestKV, Plan]:
+    kv = cache(**({"layers": 3, "heads": 4, "tokens": 24} | shape))
+    tiers = TIERS[:, : len(kv.layers[0].positions)]
+    return kv, plan_of(kv, tiers, split=Split(tokens=10, heads=2))
+
+
+def still_works(receiver: Receiver) -> None:
+    kv, chosen = request()
+    _, received = exchanged(receiver, kv, chosen)
+    assert same_cache(received.kv, decode(encode(kv, chosen)))
+
+
+@pytest.mark.parametrize("start", [0, 100])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_arrives_is_what_a_file_would_hold(receiver: Receiver, start: int, dtype: str) -> None:
+    kv, chosen = request(start=start, dtype=dtype)
+    sent, received = exchanged(receiver, kv, chosen)
+    assert same_cache(received.kv, decode(encode(kv, chosen)))
+    assert sent.wire_nbytes == received.wire_nbytes == chosen.nbytes == len(encode(kv, chosen))
+    assert sent.request == received.request and sent.resent == 0
+    assert 0 < sent.encode_s < sent.seconds and 0 < received.decode_s < received.seconds
+
+
+@pytest.mark.parametrize("policy", ["raw", "spectrum", "sinks-recent"])
+def test_the_plans_of_policies_arrive(receiver: Receiver, policy: str) -> None:
+    kv = cache(layers=2, tokens=150, channels=64)
+    chosen = plan(view_of(kv), policy, None if policy == "raw" else 0.5)
+    _, received = exchanged(receiver, kv, chosen)
+    assert same_cache(received.kv, decode(encode(kv, chosen)))
+    assert received.kv.next_position == 150
+
+
+def test_layers_leave_one_by_one_each_with_its_own_plan(receiver: Receiver) -> None:
+    kv, chosen = request()
+
+    def send_layers() -> int:
+        with Sender(receiver.address, TOKEN) as sender:
+            transfer = sender.open(chosen.shape, chosen.menu, chosen.split, b"r" * 16)
+            for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
+                transfer.send_layer(layer_kv, layer)
+            return transfer.finish().wire_nbytes
+
+    with in_thread(send_layers) as sent:
+        received = receiver.receive(PATIENCE_S)
+        assert sent.result() == received.wire_nbytes == chosen.nbytes
+    assert received.request == b"r" * 16
+    assert same_cache(received.kv, decode(encode(kv, chosen)))
+
+
+def test_one_connection_carries_many_requests(receiver: Receiver) -> None:
+    requests = [request(seed=seed, tokens=24, start=seed) for seed in range(5)]
+
+    def send_all() -> list[int]:
+        with Sender(receiver.address, TOKEN) as sender:
+            return [sender.send(kv, chosen).wire_nbytes for kv, chosen in requests]
+
+    with in_thread(send_all) as sent:
+        received = [receiver.receive(PATIENCE_S) for _ in requests]
+        assert sent.result() == [one.wire_nbytes for one in received]
+    for (kv, chosen), one in zip(requests, received, strict=True):
+        assert same_cache(one.kv, decode(encode(kv, chosen)))
+    assert len({one.request for one in received}) == 5
+
+
+def test_a_small_credit_makes_the_sender_wait_not_fail() -> None:
+    kv, chosen = request()
+    with Receiver(TOKEN, credit_nbytes=8000) as receiver:
+        assert chosen.nbytes > 4 * 8000
+        sent, received = exchanged(receiver, kv, chosen)
+    assert same_cache(received.kv, decode(encode(kv, chosen))) and sent.resent == 0
+
+
+def test_a_manifest_above_the_whole_credit_is_refused_with_the_way_out() -> None:
+    kv, chosen = request()
+    with (
+        Receiver(TOKEN, credit_nbytes=1000) as receiver,
+        in_thread(lambda: send_once(receiver.address, kv, chosen)) as sent,
+    ):
+        with pytest.raises(LimitExceeded, match="gave up"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(LimitExceeded, match="at most 1000 at once; send smaller"):
+            sent.result()
+
+
+def no_kv_bytes(tap: Tap, kv: RequestKV) -> bool:
+    """The sender said only what a handshake and an offer take."""
+    return 0 < len(tap.recorded) < 1000 < kv.shape().native_nbytes
+
+
+def test_a_wrong_token_is_refused_before_any_kv_byte(receiver: Receiver) -> None:
+    kv, chosen = request()
+    with Tap(receiver.address) as tap:
+        with in_thread(lambda: send_once(tap.address, kv, chosen, token=b"x" * 32)) as sent:
+            with pytest.raises(AuthenticationFailed, match="give both the same token"):
+                receiver.receive(PATIENCE_S)
+            with pytest.raises(AuthenticationFailed, match="give both the same token"):
+                sent.result()
+        assert no_kv_bytes(tap, kv)
+    still_works(receiver)
+
+
+def test_a_receiver_that_does_not_hold_the_token_gets_nothing() -> None:
+    kv, chosen = request()
+    with (
+        Receiver(b"another token of 32 bytes.......", silence_s=PATIENCE_S) as impostor,
+        in_thread(lambda: send_once(impostor.address, kv, chosen)) as sent,
+    ):
+        with pytest.raises(AuthenticationFailed):
+            impostor.receive(PATIENCE_S)
+        with pytest.raises(AuthenticationFailed):
+            sent.result()
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "profile"])
+def test_another_model_is_rejected_with_both_values(field: str) -> None:
+    kv, chosen = request()
+    ours, theirs = b"s" * 32, b"r" * 32
+    settings: dict[str, Any] = {field: theirs}
+    with Receiver(TOKEN, **settings) as receiver, Tap(receiver.address) as tap:
+        with in_thread(lambda: send_once(tap.address, kv, chosen, **{field: ours})) as sent:
+            with suppress(KVPrismError):
+                receiver.receive(1)
+            with pytest.raises(Rejected, match=f"{field} is {theirs.hex()} there") as raised:
+                sent.result()
+        assert (raised.value.ours, raised.value.theirs) == (ours.hex(), theirs.hex())
+        assert no_kv_bytes(tap, kv)
+        with in_thread(lambda: send_once(receiver.address, kv, chosen, **settings)):
+            assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+
+
+def refused_then_sent(
+    receiver: Receiver,
+    refused: tuple[RequestKV, Plan],
+    error: type[KVPrismError],
+    message: str,
+    *,
+    receiver_too: bool = True,
+) -> KVPrismError:
+    """An offer is refused before any KV byte, and the same connection then carries another."""
+    kv, chosen = request()
+
+    def send_both() -> KVPrismError:
+        with Sender(tap.address, TOKEN, silence_s=PATIENCE_S) as sender:
+            with pytest.raises(error, match=message) as raised:
+                sender.send(*refused)
+            assert no_kv_bytes(tap, refused[0])
+            sender.send(kv, chosen)
+            return raised.value
+
+    with Tap(receiver.address) as tap, in_thread(send_both) as sent:
+        if receiver_too:
+            with pytest.raises(error):
+                receiver.receive(PATIENCE_S)
+        assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+        raised: KVPrismError = sent.result()
+    return raised
+
+
+def test_a_request_that_is_too_large_is_busy_and_a_smaller_one_goes_through() -> None:
+    native = request()[0].shape().native_nbytes
+    large = cache(layers=3, heads=4, tokens=25)
+    with Receiver(TOKEN, max_request_nbytes=native) as receiver:
+        error = refused_then_sent(receiver, (large, plan_of(large, INT4)), Busy, "busy")
+    assert isinstance(error, Busy)
+    assert (error.ours, error.theirs) == (str(large.shape().native_nbytes), str(native))
+
+
+EXPECTED = KVShape.dense(layers=3, heads=4, channels=8, tokens=1, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "shape, field, ours, theirs",
+    [
+        ({"layers": 2}, "layers", "[0, 1]", "[0, 1, 2]"),
+        ({"heads": 2}, "components of layer 0", "k 2 x 8, v 2 x 8", "k 4 x 8, v 4 x 8"),
+        ({"channels": 16}, "components of layer 0", "k 4 x 16, v 4 x 16", "k 4 x 8, v 4 x 8"),
+    ],
+)
+def test_another_shape_than_the_expected_one_is_rejected(
+    shape: dict[str, Any], field: str, ours: str, theirs: str
+) -> None:
+    other = cache(**({"layers": 3, "heads": 4, "tokens": 24} | shape))
+    with Receiver(TOKEN, expected=EXPECTED) as receiver:
+        error = refused_then_sent(receiver, (other, plan_of(other, INT8)), Rejected, field)
+    assert isinstance(error, Rejected) and error.code == "shape"
+    assert (error.field, error.ours, error.theirs) == (field, ours, theirs)
+
+
+def test_codes_that_the_receiver_does_not_read_are_rejected() -> None:
+    kv = cache()
+    published = plan(view_of(kv), "int8", options=PlanOptions(codec="published"))
+    capability = Capability(codecs=("kvp.native/1", "kvp.drop/1", "kvp.nested/1"))
+    with Receiver(TOKEN, capability=capability) as receiver:
+        refused_then_sent(receiver, (kv, published), Rejected, "kvp.absmax/1", receiver_too=False)
+
+
+def test_dropped_tokens_are_refused_where_the_receiver_cannot_hold_them() -> None:
+    kv = cache()
+    uneven = np.full((2, 16), INT8, np.uint8)
+    uneven[1, 3] = DROP
+    with Receiver(TOKEN, capability=Capability(drop="none")) as receiver:
+        dropping = plan_of(kv, [NATIVE] * 15 + [DROP])
+        refused_then_sent(receiver, (kv, dropping), Unsupported, "drop=none", receiver_too=False)
+    with Receiver(TOKEN) as receiver:
+        by_head = plan_of(kv, uneven)
+        refused_then_sent(receiver, (kv, by_head), Unsupported, "drop=uniform", receiver_too=False)
+
+
+def test_the_sender_knows_what_the_receiver_can_hold() -> None:
+    capability = Capability(drop="none", codecs=("kvp.native/1",))
+    with Receiver(TOKEN, capability=capability) as receiver:
+
+        def ask() -> Capability:
+            with Sender(receiver.address, TOKEN) as sender:
+                return sender.capability
+
+        with in_thread(ask) as told:
+            with pytest.raises(PeerSilent, match=r"nobody connected|no request"):
+                receiver.receive(1)
+            assert told.result() == capability
+
+
+@pytest.mark.parametrize("capability", [Capability(drop="per_head"), Capability(block=16)])
+def test_a_receiver_does_not_promise_what_is_not_built(capability: Capability) -> None:
+    with pytest.raises(Unsupported, match="is not built, use drop='uniform' or 'none' and block=1"):
+        Receiver(TOKEN, capability=capability)
+
+
+def test_plans_for_other_caches_are_refused_before_they_are_offered(receiver: Receiver) -> None:
+    kv, chosen = request()
+
+    def send_all() -> None:
+        with Sender(receiver.address, TOKEN) as sender:
+            with pytest.raises(ShapeMismatch, match="plan this cache anew"):
+                sender.send(request(tokens=23)[0], chosen)
+            with pytest.raises(ShapeMismatch, match="planned 3 layers, got 2"):
+                sender.send(request(layers=2)[0], chosen)
+            with pytest.raises(PositionMismatch, match="goes on at position 99"):
+                sender.send(RequestKV(kv.layers, 99), chosen)
+            with pytest.raises(BadInput, match="no room"):
+                sender.send(kv, chosen, request=b"short")
+            transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
+            stranger = request(channels=16)
+            with pytest.raises(ShapeMismatch, match="was not offered; offered:"):
+                transfer.send_layer(stranger[0].layers[0], stranger[1].layers[0])
+            for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
+                transfer.send_layer(layer_kv, layer)
+            transfer.finish()
+
+    with in_thread(send_all) as sent:
+        assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+        sent.result()
+
+
+def test_an_error_of_the_senders_own_is_told_at_once(receiver: Receiver) -> None:
+    kv, chosen = request()
+    kv.layers[2].components["v"][3, 20] = math.nan
+    started = time.monotonic()
+    all_four = Plan(plan_of(kv, INT4).layers, chosen.menu, chosen.split)
+    with in_thread(lambda: send_once(receiver.address, kv, all_four)) as sent:
+        with pytest.raises(WireError, match=r"gave up .failed.: layer 2 component 'v': head 3 tok"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(CodecError, match="head 3 token 20"):
+            sent.result()
+    assert time.monotonic() - started < PATIENCE_S / 2
+    still_works(receiver)
+
+
+@pytest.mark.parametrize("tokens", [16, 8192])
+def test_what_the_receiver_cannot_restore_is_not_acknowledged(
+    receiver: Receiver, tokens: int
+) -> None:
+    kv = cache(layers=8, tokens=tokens, channels=64)
+    uneven = np.full((2, tokens), NATIVE, np.uint8)
+    uneven[1, 3] = DROP
+    chosen = plan_of(kv, uneven)
+
+    def send_unchecked() -> None:
+        with Sender(receiver.address, TOKEN, silence_s=PATIENCE_S) as sender:
+            transfer = sender.open(chosen.shape, chosen.menu)
+            for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
+                transfer._send_layer(layer_kv, layer)  # past the sender's own check
+            transfer.finish()
+
+    with in_thread(send_unchecked) as sent:
+        with pytest.raises(CodecError, match="one set of tokens per layer"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(WireError, match=r"gave up .failed.: .*one set of tokens per layer"):
+            sent.result()
+    still_works(receiver)
+
+
+def test_a_request_without_all_of_its_layers_is_not_complete(receiver: Receiver) -> None:
+    kv, chosen = request()
+
+    def send_some() -> None:
+        with Sender(receiver.address, TOKEN, silence_s=PATIENCE_S) as sender:
+            transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
+            transfer.send_layer(kv.layers[0], chosen.layers[0])
+            transfer.finish()
+
+    with in_thread(send_some) as sent:
+        with pytest.raises(ProtocolViolation, match="rows never came"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(ProtocolViolation, match=r"gave up .*rows never came"):
+            sent.result()
+    still_works(receiver)
+
+
+def marked_request() -> tuple[RequestKV, Plan]:
+    """Native rows of one value, which a tap recognises in the segments."""
+    kv = cache(layers=2, heads=2, tokens=64)
+    for layer in kv.layers:
+        for x in layer.components.values():
+            x.fill_(3.0)
+    return kv, plan_of(kv, NATIVE)
+
+
+def flip_in_segments(times: int) -> Callable[[bytes], bytes]:
+    """Flip a bit of that value, `times` times."""
+    mark = b"\x40\x40" * 32
+    left = times
+
+    def change(data: bytes) -> bytes:
+        nonlocal left
+        at = data.find(mark)
+        if not left or at < 0:
+            return data
+        left -= 1
+        return data[: at + 9] + b"\x41" + data[at + 10 :]
+
+    return change
+
+
+def test_a_damaged_segment_is_sent_again_and_right(receiver: Receiver) -> None:
+    kv, chosen = marked_request()
+    with Tap(receiver.address, flip_in_segments(1)) as tap:
+        with in_thread(lambda: send_once(tap.address, kv, chosen)) as sent:
+            received = receiver.receive(PATIENCE_S)
+            assert sent.result().resent == 1
+            assert sent.result().wire_nbytes == received.wire_nbytes == chosen.nbytes
+        assert len(tap.recorded) > chosen.nbytes + chosen.nbytes // 3
+    assert same_cache(received.kv, kv)
+
+
+def test_a_link_that_damages_again_and_again_is_given_up(receiver: Receiver) -> None:
+    kv, chosen = marked_request()
+    with (
+        Tap(receiver.address, flip_in_segments(99)) as tap,
+        in_thread(lambda: send_once(tap.address, kv, chosen)) as sent,
+    ):
+        with pytest.raises(Damaged, match="came damaged 3 times; check the link"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(Damaged, match=r"gave up .damaged."):
+            sent.result()
+    still_works(receiver)
+
+
+def test_a_damaged_frame_ends_the_connection_with_a_typed_error(receiver: Receiver) -> None:
+    kv, chosen = marked_request()
+
+    def change(data: bytes) -> bytes:
+        return data.replace(b"\x93\x00\xa1k", b"\x93\x00\xa1j").replace(b"maps", b"mops")
+
+    with (
+        Tap(receiver.address, change) as tap,
+        in_thread(lambda: send_once(tap.address, kv, chosen)) as sent,
+    ):
+        with pytest.raises(Damaged, match=r"Manifest frame .* digest does not match"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(KVPrismError):
+            sent.result()
+    still_works(receiver)
+
+
+def test_recorded_bytes_cannot_be_played_again(receiver: Receiver) -> None:
+    kv, chosen = request()
+    with Tap(receiver.address) as tap:
+        with in_thread(lambda: send_once(tap.address, kv, chosen)) as sent:
+            receiver.receive(PATIENCE_S)
+            sent.result()
+        recorded = bytes(tap.recorded)
+    assert len(recorded) > chosen.nbytes
+    with socket.create_connection(receiver.address) as replay:
+        replay.sendall(recorded)
+        with pytest.raises(AuthenticationFailed):
+            receiver.receive(PATIENCE_S)
+    still_works(receiver)
+
+
+def test_a_request_that_outlives_its_lease_is_refused() -> None:
+    kv, chosen = request()
+    with Receiver(TOKEN, lease_s=0.3, silence_s=PATIENCE_S) as receiver:
+
+        def send_slowly() -> None:
+            with Sender(receiver.address, TOKEN, silence_s=PATIENCE_S) as sender:
+                transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
+                for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
+                    transfer.send_layer(layer_kv, layer)
+                    time.sleep(0.2)
+                transfer.finish()
+
+        with in_thread(send_slowly) as sent:
+            with pytest.raises(TicketRefused, match="has expired; offer the request again"):
+                receiver.receive(PATIENCE_S)
+            with pytest.raises(TicketRefused, match="refused our ticket"):
+                sent.result()
+
+
+def within_deadline(action: Callable[[], Any], silence_s: float = SILENCE_S) -> None:
+    """Silence is noticed after `silence_s`, with a tenth and a second of grace."""
+    started = time.monotonic()
+    with pytest.raises(PeerSilent):
+        action()
+    assert 0.9 * silence_s < time.monotonic() - started < 1.1 * silence_s + 1
+
+
+def test_a_sender_that_is_killed_or_stopped_in_the_middle_is_noticed() -> None:
+    with Receiver(TOKEN, silence_s=SILENCE_S) as receiver:
+        for stop, error in ((signal.SIGKILL, PeerLost), (signal.SIGSTOP, PeerSilent)):
+            with (
+                in_thread(lambda: receiver.receive(PATIENCE_S)) as received,
+                peer_process("send", *receiver.address) as (process, said),
+            ):
+                assert said == "sent"
+                stopped = time.monotonic()
+                os.kill(process.pid, stop)
+                with pytest.raises(error):
+                    received.result()
+                assert time.monotonic() - stopped < 1.1 * SILENCE_S + 1
+        still_works(receiver)
+
+
+def test_a_receiver_that_is_stopped_or_killed_in_the_middle_is_noticed() -> None:
+    kv, chosen = request()
+    large = cache(layers=4, heads=8, tokens=4096, channels=64)
+    raw = plan_of(large, NATIVE)
+    with peer_process("receive") as (process, port):
+        address = ("127.0.0.1", int(port))
+        with Sender(address, TOKEN, silence_s=SILENCE_S) as sender:
+            sender.send(kv, chosen)
+            transfer = sender.open(raw.shape, raw.menu)
+            transfer.send_layer(large.layers[0], raw.layers[0])
+            os.kill(process.pid, signal.SIGSTOP)
+
+            def send_the_rest() -> None:
+                for layer_kv, layer in zip(large.layers[1:], raw.layers[1:], strict=True):
+                    transfer.send_layer(layer_kv, layer)
+
+            within_deadline(send_the_rest)
+        within_deadline(lambda: send_once(address, kv, chosen, silence_s=SILENCE_S))
+        os.kill(process.pid, signal.SIGCONT)
+        with Sender(address, TOKEN, silence_s=PATIENCE_S) as sender:
+            transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
+            transfer.send_layer(kv.layers[0], chosen.layers[0])
+            process.kill()
+            with pytest.raises(PeerLost):
+                transfer.send_layer(kv.layers[1], chosen.layers[1])
+                transfer.finish()
+
+
+def test_a_peer_that_says_nothing_is_noticed_on_both_sides() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        host, port = mute.getsockname()
+        within_deadline(lambda: Sender((host, port), TOKEN, silence_s=SILENCE_S))
+    with Receiver(TOKEN, silence_s=SILENCE_S) as receiver:
+        with socket.create_connection(receiver.address):
+            within_deadline(lambda: receiver.receive(PATIENCE_S))
+        still_works(receiver)
+
+
+def test_a_peer_that_introduces_itself_byte_by_byte_does_not_hold_the_receiver() -> None:
+    with (
+        Receiver(TOKEN, silence_s=SILENCE_S) as receiver,
+        socket.create_connection(receiver.address) as slow,
+    ):
+
+        def trickle() -> None:
+            with suppress(OSError):
+                for byte in b"KVPF\x02" + bytes(30):
+                    slow.sendall(bytes([byte]))
+                    time.sleep(0.2)
+
+        with in_thread(trickle):
+            within_deadline(lambda: receiver.receive(PATIENCE_S))
+
+
+def test_nobody_there_is_noticed_on_both_sides(receiver: Receiver) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    with pytest.raises(PeerLost, match="is the peer running"):
+        Sender(address, TOKEN)
+    for timeout_s in (0.0, 0.1, -1.0):
+        with pytest.raises(PeerSilent, match="nobody connected"):
+            receiver.receive(timeout_s)
+
+
+def test_pings_keep_a_slow_prefill_alive() -> None:
+    kv, chosen = request()
+    with Receiver(TOKEN, silence_s=SILENCE_S) as receiver:
+
+        def send_slowly(ping: bool) -> None:
+            with Sender(receiver.address, TOKEN, silence_s=PATIENCE_S) as sender:
+                transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
+                for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
+                    for _ in range(4):
+                        time.sleep(0.15 * SILENCE_S if ping else 0.4 * SILENCE_S)
+                        if ping:
+                            transfer.ping()
+                    transfer.send_layer(layer_kv, layer)
+                transfer.finish()
+
+        with in_thread(lambda: send_slowly(ping=True)) as sent:
+            assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+            sent.result()
+        with in_thread(lambda: send_slowly(ping=False)) as sent:
+            with pytest.raises(PeerSilent):
+                receiver.receive(PATIENCE_S)
+            with pytest.raises(PeerLost):
+                sent.result()
+
+
+def test_a_peer_with_nothing_to_offer_yet_is_kept(receiver: Receiver) -> None:
+    kv, chosen = request()
+    with in_thread(lambda: Sender(receiver.address, TOKEN)) as connected:
+        with pytest.raises(PeerSilent, match="no request was offered in time"):
+            receiver.receive(0.5)
+        sender: Sender = connected.result()
+    with sender, in_thread(lambda: sender.send(kv, chosen)) as sent:
+        assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+        sent.result()
+
+
+def test_a_peer_that_leaves_between_requests_makes_room_for_the_next(receiver: Receiver) -> None:
+    kv, chosen = request()
+    exchanged(receiver, kv, chosen)
+    exchanged(receiver, kv, chosen)
+    still_works(receiver)
+
+
+def test_addresses_that_cannot_be_used_are_refused(receiver: Receiver) -> None:
+    with pytest.raises(AddressInUse, match="is taken"):
+        Receiver(TOKEN, port=receiver.address[1])
+    with pytest.raises(BadInput, match="not a loopback address"):
+        Receiver(TOKEN, host="0.0.0.0")
+    with pytest.raises(BadInput, match="not a loopback address"):
+        Sender(("192.0.2.1", 1), TOKEN)
+    for make in (lambda: Receiver(b"short"), lambda: Sender(receiver.address, b"short")):
+        with pytest.raises(BadInput, match="at least 16 bytes, got 5"):
+            make()
