@@ -137,6 +137,12 @@ def test_code_in_the_documents_runs(
         exec(compile(block, str(path), "exec"), namespace)
 
 
+def test_the_evidence_pages_show_what_was_measured() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "evidence-tables"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_house_picture_shows_every_module() -> None:
     real = {str(path.relative_to(PACKAGE)) for path in SOURCES if path.parent == PACKAGE}
     real |= {str(p.relative_to(PACKAGE)) for p in SOURCES if p.name != "__init__.py"}
