@@ -10,7 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
+from strategies import NATIVE, cache, plan_of, same_cache
+
+from kvprism.codec.stream import decode, encode
 from kvprism.errors import KVPrismError
+from kvprism.layout import Split
 from kvprism.pipeline import Received, Receiver, Sender, Sent
 from kvprism.plans import Plan
 from kvprism.tensors import RequestKV
@@ -18,6 +23,7 @@ from kvprism.tensors import RequestKV
 TOKEN = bytes(range(32))
 SILENCE_S = 1.0
 PATIENCE_S = 20.0
+TIERS = np.random.default_rng(0).integers(0, 3, (4, 24))
 
 
 @contextmanager
@@ -37,6 +43,19 @@ def exchanged(receiver: Receiver, kv: RequestKV, plan: Plan) -> tuple[Sent, Rece
     with in_thread(lambda: send_once(receiver.address, kv, plan)) as sent:
         received = receiver.receive(PATIENCE_S)
         return sent.result(), received
+
+
+def request(**shape: Any) -> tuple[RequestKV, Plan]:
+    """Three layers of every tier that keeps a token, in six manifests each."""
+    kv = cache(**({"layers": 3, "heads": 4, "tokens": 24} | shape))
+    tiers = TIERS[:, : len(kv.layers[0].positions)]
+    return kv, plan_of(kv, tiers, split=Split(tokens=10, heads=2))
+
+
+def still_works(receiver: Receiver) -> None:
+    kv, chosen = request()
+    _, received = exchanged(receiver, kv, chosen)
+    assert same_cache(received.kv, decode(encode(kv, chosen)))
 
 
 class Tap:
@@ -114,8 +133,6 @@ def peer_process(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], st
 
 def half_a_request(host: str, port: int) -> None:
     """Send the first of two layers, say so, and then nothing."""
-    from strategies import NATIVE, cache, plan_of
-
     kv = cache()
     plan = plan_of(kv, NATIVE)
     with Sender((host, port), TOKEN, silence_s=PATIENCE_S) as sender:

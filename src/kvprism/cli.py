@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +80,8 @@ ALL_POLICIES = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-ti
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         print(f"kvprism {metadata.version('kvprism')}")
         raise typer.Exit
 
@@ -127,7 +128,7 @@ def demo(
             from kvprism.report import write_demo_report
 
             write_demo_report(result, report)
-            console.out.print(f"report: {report}")
+            console.say(f"report: {report}")
 
 
 @app.command(epilog="Example: kvprism run --file prompt.txt --policy spectrum --budget 30%")
@@ -195,10 +196,10 @@ def prefill(
 ) -> None:
     """Prefill a file here and send its cache to a kvprism decode."""
     with console.one_line_errors(json):
-        console.load("kvprism.commands.transfer")
-        from kvprism.commands.transfer import prefill_here, show_transfer
+        with console.status("loading the model") as say:
+            console.load("kvprism.commands.transfer")
+            from kvprism.commands.transfer import prefill_here, show_transfer
 
-        with console.status("reading the prompt, loading the model") as say:
             result = prefill_here(
                 model,
                 file,
@@ -239,10 +240,10 @@ def decode(
     the cache crosses the wire.
     """
     with console.one_line_errors(json):
-        console.load("kvprism.commands.transfer")
-        from kvprism.commands.transfer import decode_here, show_transfer
+        with console.status("loading the model") as say:
+            console.load("kvprism.commands.transfer")
+            from kvprism.commands.transfer import decode_here, show_transfer
 
-        with console.status("reading the prompt, loading the model") as say:
             result = decode_here(
                 model,
                 file,
@@ -271,7 +272,7 @@ def token(
         from kvprism.transport.token import create_token
 
         create_token(file)
-        console.out.print(f"{file}: mode 0600; give the other side the same file", soft_wrap=True)
+        console.say(f"{file}: mode 0600; give the other side the same file")
 
 
 @app.command(epilog="Example: kvprism plan --budget 30% --tokens 4096 --link 10Gbps,100Gbps")

@@ -17,6 +17,12 @@ from .conftest import Run, failure
 NOTICED_S = 5.0
 
 
+@pytest.fixture(autouse=True)
+def _temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed command leaves goes with the test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
 @contextmanager
 def demo() -> Iterator[tuple[subprocess.Popen[str], dict[str, int]]]:
     """`kvprism demo` in its own process group, as in a terminal, and the pids of its workers."""
@@ -79,10 +85,7 @@ def test_ctrl_c_ends_the_command_and_its_workers_with_one_line() -> None:
     assert gone(iter(workers.values()))
 
 
-def test_a_polite_kill_ends_the_workers_and_removes_the_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_a_polite_kill_ends_the_workers_and_removes_the_token(tmp_path: Path) -> None:
     with demo() as (process, workers):
         assert len(list(tmp_path.glob("kvprism-*/token"))) == 1
         process.terminate()

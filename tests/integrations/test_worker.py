@@ -132,6 +132,18 @@ def test_a_request_that_fills_the_pipe_of_a_stopped_worker_does_not_block(pair: 
         os.kill(pair.prefill.pid, signal.SIGCONT)
 
 
+def test_the_own_error_of_the_worker_that_nobody_waits_for_arrives(
+    tmp_path: Path, pair: Pair
+) -> None:
+    """Here the decode worker fails while it loads, and it is the prefill worker that is busy."""
+    with (
+        Worker("decode", "tiny", tmp_path / "no-token", "bfloat16") as decode,
+        pytest.raises(BadInput, match="no-token cannot be read"),
+    ):
+        while True:
+            prefill(Pair(pair.prefill, decode))
+
+
 def test_a_worker_killed_while_it_receives_is_named(pair: Pair) -> None:
     """The last test with this pair."""
     prefill(pair)
@@ -199,8 +211,8 @@ import os, signal, sys, time
 from kvprism.integrations.worker import worker_pair
 with worker_pair("tiny") as pair:
     for worker in (pair.prefill, pair.decode):
-        worker._quiet_ticks = 1
-        while worker._quiet_ticks:  # until its first beat
+        worker._quiet_s = 1.0
+        while worker._quiet_s:  # until its first beat
             time.sleep(0.01)
         if sys.argv[1] == "stopped":
             os.kill(worker.pid, signal.SIGSTOP)
@@ -210,7 +222,10 @@ with worker_pair("tiny") as pair:
 
 
 @pytest.mark.parametrize("state", ["running", "stopped"])
-def test_workers_do_not_outlive_a_killed_parent(state: str) -> None:
+def test_workers_do_not_outlive_a_killed_parent(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, state], stdout=subprocess.PIPE, text=True
     ) as parent:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from kvprism.errors import BadInput, KVPrismError, TransportError, WireError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 LOG_COLUMNS = 160
 LOG_EVERY_S = 15.0
@@ -28,15 +28,22 @@ LOADER = "kvprism-loader"
 EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "jinja2": "report"}
 
 
-def _console(*, stderr: bool) -> Console:
-    """Without a terminal rich assumes 80 columns and would cut figures in a log."""
-    stream = sys.stderr if stderr else sys.stdout
-    free = stream.isatty() or "COLUMNS" in os.environ
-    width = None if free else LOG_COLUMNS
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+def say(text: str) -> None:
+    """A line of the result."""
+    print(text, flush=True)
 
 
-out, notes = _console(stderr=False), _console(stderr=True)
+def note(text: str) -> None:
+    """A line that is not part of the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _console(stream: TextIO) -> "Console":
+    from rich.console import Console  # here and below: not for --help
+
+    # Without a terminal rich assumes 80 columns and would cut figures in a log.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else LOG_COLUMNS
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
 
 
 @contextmanager
@@ -92,8 +99,7 @@ def end_at_once_if_loading(code: str | int | None) -> None:
 
 
 def _failure(message: str, code: int) -> typer.Exit:
-    line = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
-    notes.print(line, soft_wrap=True)
+    note("error: " + " ".join(message.split()))
     return typer.Exit(code)
 
 
@@ -129,10 +135,11 @@ def write_json(path: Path | None, result: Mapping[str, Any] | Sequence[Any]) -> 
 @contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with the time left; call it with (done, total). In a log, a line at times."""
-    if not notes.is_terminal:
+    console = _console(sys.stderr)
+    if not console.is_terminal:
         yield _logged_progress(label)
         return
-    from rich.progress import (  # not for --help
+    from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
@@ -142,7 +149,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -150,7 +157,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         # Documents differ in length: half a minute of them says little about the rest.
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=notes, transient=True, speed_estimate_period=300) as bar:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=300) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -166,7 +173,7 @@ def _logged_progress(label: str) -> Callable[[int, int], None]:
         if now - said >= LOG_EVERY_S and done < total:
             said = now
             left = (now - started) / (done - first) * (total - done)
-            notes.print(f"{label}: {done} of {total}, about {left:.0f} s left")
+            note(f"{label}: {done} of {total}, about {left:.0f} s left")
 
     return advance
 
@@ -174,12 +181,23 @@ def _logged_progress(label: str) -> Callable[[int, int], None]:
 @contextmanager
 def status(label: str) -> Iterator[Callable[[str], None]]:
     """Say what is going on: a spinner in a terminal, lines in a log."""
-    if not notes.is_terminal:
-        notes.print(label)
-        yield notes.print
+    console = _console(sys.stderr)
+    if not console.is_terminal:
+        note(label)
+        yield note
         return
-    with notes.status(label) as spinner:
-        yield spinner.update
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a pipe must stay there
+    ) as spinner:
+        task = spinner.add_task(label, total=None)
+        yield lambda text: spinner.update(task, description=text)
 
 
 def table(
@@ -189,16 +207,22 @@ def table(
 
     A cell's second line is dimmed.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(column, justify="left" if words or i == 0 else "right", no_wrap=i == 0)
     for row in rows:
         grid.add_row(*map(_cell, row))
-    out.print(title, style="bold", soft_wrap=True)  # as a part of the table it would be folded
-    out.print(grid)
+    console = _console(sys.stdout)
+    console.print(title, style="bold", soft_wrap=True)  # as part of the table it would be folded
+    console.print(grid)
 
 
-def _cell(text: str) -> Text:
+def _cell(text: str) -> "Text":
+    from rich.text import Text
+
     first, *more = text.split("\n", 1)
     return Text.assemble(first, *(("\n" + line, "dim") for line in more))
 

@@ -67,7 +67,6 @@ def run_demo(
         BadInput: a context that is too short for the facts, or too long for the model.
         PeerLost, PeerSilent: a worker died, or stands still.
     """
-    started = time.perf_counter()
     facts, prompt = _facts(model, context, seed)
     pair.ready()
     described = _describe(model, pair)
@@ -87,7 +86,7 @@ def run_demo(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **msgspec.to_builtins(provenance()),
         "seed": seed,
-        "seconds": time.perf_counter() - started,
+        "seconds": time.monotonic() - pair.started,
         "definitions": {**DEFINITIONS, **NOTES},
         "prompt": prompt,
         "needles": [
@@ -200,9 +199,8 @@ def show_demo(result: dict[str, Any]) -> None:
     console.table("milliseconds, medians of warm runs, loopback TCP", columns, rows)
     for arm in result["arms"]:
         if "error" in arm:
-            console.out.print(f"{arm['label']}: {arm['error']}", soft_wrap=True)
-    console.out.print(
+            console.say(f"{arm['label']}: {arm['error']}")
+    console.say(
         "Decoding goes on while layers are encoded and moved: it lies within encode + transfer.\n"
-        f"Two processes on one machine, {result['seconds']:.0f} s in all.",
-        soft_wrap=True,
+        f"Two processes on one machine, {result['seconds']:.0f} s in all."
     )

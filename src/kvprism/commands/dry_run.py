@@ -136,7 +136,7 @@ def show_dry_run(result: dict[str, Any]) -> None:
     console.table(title, ["tier", "tokens", "bytes", "", "of 16-bit"], rows)
     if not result["fixed_rate"]:
         _, _, *smallest = line("", "", result["smallest_bytes"])
-        console.out.print(f"smallest feasible budget: {' = '.join(smallest)}\n")
+        console.say(f"smallest feasible budget: {' = '.join(smallest)}\n")
     links = [
         [link["link"], f"{link['ms']:.2f}", f"{link['raw_ms']:.2f}"] for link in result["links"]
     ]

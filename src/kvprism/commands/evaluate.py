@@ -85,12 +85,14 @@ def parse_arms(
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
     """The task that `kvprism eval perplexity` asks for."""
     read_text(text)  # an unreadable file is found before the model is loaded
-    return Perplexity(LoadedModel.load(model), text, **settings)
+    with console.status(f"loading {model}"):
+        return Perplexity(LoadedModel.load(model), text, **settings)
 
 
 def run_needle(model: str, **settings: Any) -> Needle:
     """The task that `kvprism eval needle` asks for."""
-    return Needle(LoadedModel.load(model), **settings)
+    with console.status(f"loading {model}"):
+        return Needle(LoadedModel.load(model), **settings)
 
 
 def measure_and_show(task: Task, records: Path | None, json: Path | None) -> None:
@@ -116,8 +118,8 @@ def show_rows(rows: Sequence[Row]) -> None:
         console.table(title, columns, map(_line, measured))
         for arm in arms:
             if arm[0].value is None:
-                console.out.print(f"{_name(arm[0])}: infeasible, {arm[0].reason}", soft_wrap=True)
-    console.out.print("Below each figure: the 95 % interval of its change from raw, by document.")
+                console.say(f"{_name(arm[0])}: infeasible, {arm[0].reason}")
+    console.say("Below each figure: the 95 % interval of its change from raw, by document.")
 
 
 def _line(arm: list[Row]) -> list[str]:
@@ -150,9 +152,9 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
         title = f"{HEADINGS[metric].text}: {group[0].policy} against others, paired by document"
         measured = [comparison for comparison in group if comparison.delta is not None]
         console.table(title, [*columns, "verdict"], map(_comparison_line, measured))
-    console.out.print(f"A verdict needs a Holm-adjusted p below {SIGNIFICANT} in its table.")
+    console.say(f"A verdict needs a Holm-adjusted p below {SIGNIFICANT} in its table.")
     for note in dict.fromkeys(note for c in comparisons for note in _notes(c)):
-        console.out.print(note, soft_wrap=True)
+        console.say(note)
 
 
 def _comparison_line(c: Comparison) -> list[str]:

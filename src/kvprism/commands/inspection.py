@@ -109,7 +109,7 @@ def show_stream(result: dict[str, Any]) -> None:
         f"decode goes on at position {result['next_position']}",
         f"codecs {', '.join(result['codecs'])}; fingerprint {result['fingerprint'][:16]}...",
     ):
-        console.out.print(line, soft_wrap=True)
+        console.say(line)
     total = sum(result["rows_per_tier"].values())
     rows = [
         [name, f"{n:,}", console.percent(n / total)] for name, n in result["rows_per_tier"].items()

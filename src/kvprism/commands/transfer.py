@@ -126,7 +126,7 @@ def prefill_here(
         say("prefilling")
         result = worker.prefill(ids)
         say("sending")
-        result |= worker.plan(policy, budget, options)
+        result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)
     settings = {"policy": policy, "budget": budget, **options, "to": to}
     return _described("prefill", model, file, ids, settings, result)
@@ -159,7 +159,7 @@ def decode_here(
     ids = read_prompt(model, file, tokens, new_tokens)
     with DecodeWorker(model, token, host=host, port=port, allow_remote=allow_remote) as worker:
         address = format_address(*worker.address())
-        console.out.print(f"listening on {address}", soft_wrap=True)
+        console.say(f"listening on {address}")
         say("waiting for a cache")
         result = _receive(worker, timeout_s, len(ids))
         say("continuing")
@@ -174,7 +174,7 @@ def _receive(worker: DecodeWorker, timeout_s: float, n_prompt: int) -> Result:
         try:
             return worker.receive(max(0.0, deadline - time.monotonic()), n_prompt)
         except AuthenticationFailed as error:
-            console.notes.print(f"refused: {error}", soft_wrap=True)
+            console.note(f"refused: {error}")
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -217,9 +217,9 @@ def show_transfer(result: Result) -> None:
     console.table(f"{title}: one cold request, times in milliseconds", columns, [row])
     if "tiers" in result:
         tiers = ", ".join(f"{count} {name}" for name, count in result["tiers"].items() if count)
-        console.out.print(f"tokens: {tiers}")
+        console.say(f"tokens: {tiers}")
     elif result["kept_tokens"] < result["context_tokens"] - 1:
-        console.out.print(f"tokens: {result['kept_tokens']} kept, the others were dropped")
+        console.say(f"tokens: {result['kept_tokens']} kept, the others were dropped")
     if "text" in result:
-        console.out.print("the decode side goes on with:")
-        console.out.print(result["text"], soft_wrap=True)
+        console.say("the decode side goes on with:")
+        console.say(result["text"])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from kvprism.codec.stream import encode
-from kvprism.core import ITEMSIZE
+from kvprism.core import ITEMSIZE, Capability
 from kvprism.errors import BadInput, PositionMismatch, UnknownName
 from kvprism.integrations import hf
 from kvprism.pipeline import Receiver, Sender
@@ -21,6 +21,8 @@ from kvprism.tensors import DTYPES, LayerView, RequestKV
 T = TypeVar("T")
 
 TIER_LETTERS = "n84."
+# A long prompt on a slow link; a peer that stands still is noticed in seconds all the same.
+LEASE_S = 3600.0
 DEFINITIONS = {
     "wire_bytes": "every byte of the request: payload, scales, tier maps, manifests, digests, "
     "padding",
@@ -91,12 +93,18 @@ class PrefillWorker(_Role):
         }
 
     def plan(
-        self, policy: str, budget: str | None, options: Mapping[str, Any] | None = None
+        self,
+        policy: str,
+        budget: str | None,
+        options: Mapping[str, Any] | None = None,
+        capability: Capability | None = None,
     ) -> dict[str, Any]:
         """Decide the tier of every token of the prefilled cache."""
         _, view = _required(self._captured, "prefilled")
         started = time.perf_counter()
-        self._plan = plan(view, policy, budget, options=PlanOptions(**(options or {})))
+        self._plan = plan(
+            view, policy, budget, options=PlanOptions(**(options or {})), capability=capability
+        )
         return {
             "plan_ms": _ms_since(started),
             "fraction": self._plan.fraction,
@@ -154,7 +162,13 @@ class DecodeWorker(_Role):
     ) -> None:
         super().__init__(model, token)
         self._receiver = Receiver(
-            token, host=host, port=port, fingerprint=self._fingerprint, allow_remote=allow_remote
+            token,
+            host=host,
+            port=port,
+            fingerprint=self._fingerprint,
+            expected=hf.shape_of(self._model, 1),
+            lease_s=LEASE_S,
+            allow_remote=allow_remote,
         )
         self._kv: RequestKV | None = None
         self._raw: torch.Tensor | None = None

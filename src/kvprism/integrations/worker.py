@@ -128,7 +128,7 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
         )
         self._answers: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
-        self._quiet_ticks, self._patience_s = 0, START_SILENCE_S
+        self._quiet_s, self._patience_s = 0.0, START_SILENCE_S
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -168,15 +168,13 @@ class Worker:
             raise _rebuilt(answer["error"], answer["message"], answer["fields"])
         return answer
 
-    def check(self) -> None:
-        """Called once a tick while anything is waited for; raises if this worker is dead or silent.
-
-        Ticks are counted and not seconds: a parent that was itself suspended has counted none.
-        """
+    def check(self, elapsed_s: float) -> None:
+        """Raises if this worker is dead, or silent for too long; elapsed: since the last check."""
         if not self._listener.is_alive():
+            self.poll()  # its own error says more
             raise self._lost()
-        self._quiet_ticks += 1
-        if self._quiet_ticks * TICK_S > self._patience_s:
+        self._quiet_s += elapsed_s
+        if self._quiet_s > self._patience_s:
             raise PeerSilent(f"{self} gave no sign of life for {self._patience_s:g} s")
 
     def _write(self, line: str) -> None:
@@ -188,7 +186,7 @@ class Worker:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self._quiet_ticks = 0
+            self._quiet_s = 0.0
             if message := json.loads(line):
                 self._answers.put(message)
         self._answers.put(None)
@@ -205,6 +203,7 @@ class Pair:
     def __init__(self, prefill: Worker, decode: Worker) -> None:
         self.prefill, self.decode = prefill, decode
         self._address: list[Any] | None = None
+        self.started = self._checked = time.monotonic()
 
     def ready(self) -> None:
         """Wait until both models are loaded."""
@@ -242,9 +241,9 @@ class Pair:
             except (PeerLost, PeerSilent):
                 self._name_culprit()
                 raise
+            self._check()
             if answer is not None:
                 return answer["result"]
-            self._check()
 
     def _name_culprit(self) -> None:
         """A worker that lost its peer is the first to say so; give the other's silence its time."""
@@ -253,8 +252,12 @@ class Pair:
             time.sleep(TICK_S)
 
     def _check(self) -> None:
+        now = time.monotonic()
+        # When this process was itself suspended, nobody is to blame for that.
+        elapsed_s = min(now - self._checked, 2 * TICK_S)
+        self._checked = now
         for worker in (self.prefill, self.decode):
-            worker.check()
+            worker.check(elapsed_s)
 
 
 @contextmanager
