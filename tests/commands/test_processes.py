@@ -26,6 +26,8 @@ def _temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def demo() -> Iterator[tuple[subprocess.Popen[str], dict[str, int]]]:
     """`kvprism demo` in its own process group, as in a terminal, and the pids of its workers."""
+    # A shell lets its background jobs ignore SIGINT, which children inherit; a handler they do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [sys.executable, "-m", "kvprism", "demo", "--context", "256"],
         stdout=subprocess.PIPE,
@@ -33,6 +35,7 @@ def demo() -> Iterator[tuple[subprocess.Popen[str], dict[str, int]]]:
         text=True,
         process_group=0,
     ) as process:
+        signal.signal(signal.SIGINT, before)
         try:
             yield process, workers_of(process.pid)
         finally:

@@ -6,6 +6,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from kvprism.errors import KVPrismError
 from kvprism.integrations import tiny
 from kvprism.layout import plane_nbytes
 from kvprism.pipeline import Receiver, Sender
+from kvprism.policies import plan
+from kvprism.tensors import LayerKV, LayerView, RequestKV
 from kvprism.transport.token import create_token, load_token
 
 Finding = dict[str, str]
@@ -33,7 +36,7 @@ def examine() -> list[Finding]:
         ("token file", _token_file),
         ("loopback transfer", _loopback),
         ("codec speed", _codec_speed),
-        ("report", lambda: _optional("matplotlib", "report")),
+        ("report", lambda: _optional("report", "matplotlib", "jinja2")),
     ]
     return [_finding(name, check) for name, check in checks]
 
@@ -52,14 +55,14 @@ def _finding(name: str, check: Callable[[], tuple[str, str]]) -> Finding:
     return {"name": name, "state": state, "detail": detail}
 
 
-def _optional(module: str, extra: str) -> tuple[str, str]:
-    if importlib.util.find_spec(module) is None:
+def _optional(extra: str, *modules: str) -> tuple[str, str]:
+    if not all(importlib.util.find_spec(module) for module in modules):
         return "missing", f"pip install 'kvprism[{extra}]'"
-    return "ok", f"{module} {importlib.metadata.version(module)}"
+    return "ok", ", ".join(f"{module} {importlib.metadata.version(module)}" for module in modules)
 
 
 def _transformers() -> tuple[str, str]:
-    state, detail = _optional("transformers", "hf")
+    state, detail = _optional("hf", "transformers")
     if state == "ok":
         major, minor = (
             int(part) for part in importlib.metadata.version("transformers").split(".")[:2]
@@ -82,19 +85,19 @@ def _token_file() -> tuple[str, str]:
 
 
 def _loopback() -> tuple[str, str]:
-    """Both ends of a handshake in one process: the receiver answers from a thread."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from kvprism.errors import PeerSilent
-
-    token = bytes(32)
+    """A small cache from one end to the other; the receiver answers from a thread."""
+    token, positions = bytes(32), torch.arange(64)
+    layer = LayerKV(0, {name: torch.randn(2, 64, 64) for name in "kv"}, positions)
+    chosen = plan([LayerView(layer)], "raw")
     with Receiver(token) as receiver, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(receiver.receive, 0.5)
-        started = time.perf_counter()
-        with Sender(receiver.address, token):
-            handshake_ms = 1000 * (time.perf_counter() - started)
-        silent = isinstance(waiting.exception(), PeerSilent)
-    return ("ok" if silent else "broken"), f"handshake in {handshake_ms:.1f} ms"
+        waiting = pool.submit(receiver.receive, 5.0)
+        with Sender(receiver.address, token) as sender:
+            sent = sender.send(RequestKV((layer,), 64), chosen)
+        arrived = waiting.result().kv.layers[0].components
+    same = all(torch.equal(x, arrived[name]) for name, x in layer.components.items())
+    if not same:
+        return "broken", "another cache arrived than the one that was sent"
+    return "ok", f"{sent.wire_nbytes} bytes in {1000 * sent.seconds:.1f} ms, equal at both ends"
 
 
 def _codec_speed() -> tuple[str, str]:
