@@ -113,7 +113,8 @@ class Tap:
                 sink.sendall(change(data))
         for sock in (source, sink):
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the pump of the other direction
+            sock.close()  # resets a peer that is still sending
 
 
 @contextmanager

@@ -82,8 +82,16 @@ def test_each_mode_is_written_as_the_format_says() -> None:
     assert four_bits == TierMap(1, PACKED, 4, b"\x00\x01\x02\x03\x09", b"\x10\x32\x04")
     exceptions = np.full((1, 400), 2, np.uint8)
     exceptions[0, [7, 300]], exceptions[0, 9] = 1, 0
-    words = np.array([2, 7, 300, 1, 9], "<u4").tobytes()
-    assert pack_tier_map(exceptions) == TierMap(1, INDEX_LIST, 0, b"\x02\x01\x00", words)
+    listed = words(2, 7, 300, 1, 9)
+    assert pack_tier_map(exceptions) == TierMap(1, INDEX_LIST, 0, b"\x02\x01\x00", listed)
+
+
+@pytest.mark.parametrize("tokens, mode", [(64, PACKED), (65, INDEX_LIST)])
+def test_of_two_encodings_of_one_size_the_lower_mode_is_written(tokens: int, mode: int) -> None:
+    one_exception = np.zeros((1, tokens), np.uint8)
+    one_exception[0, 5] = 1
+    packed = pack_tier_map(one_exception)
+    assert (len(packed.data), packed.mode) == (8, mode)
 
 
 def words(*values: int) -> bytes:

@@ -7,16 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import (
-    PATIENCE_S,
-    TOKEN,
-    Tap,
-    exchanged,
-    in_thread,
-    request,
-    send_once,
-    still_works,
-)
+from peers import PATIENCE_S, TOKEN, Tap, exchanged, in_thread, request, send_once, still_works
 from strategies import DROP, INT4, INT8, NATIVE, cache, plan_of, same_cache, view_of
 
 from kvprism.codec.stream import decode, encode
@@ -268,9 +259,9 @@ def test_plans_for_other_caches_are_refused_before_they_are_offered(receiver: Re
 
     def send_all() -> None:
         with Sender(receiver.address, TOKEN) as sender:
-            with pytest.raises(ShapeMismatch, match="plan this cache anew"):
+            with pytest.raises(ShapeMismatch, match="plan it anew"):
                 sender.send(request(tokens=23)[0], chosen)
-            with pytest.raises(ShapeMismatch, match="planned 3 layers, got 2"):
+            with pytest.raises(ShapeMismatch, match="the plan has 3 layers, the cache 2"):
                 sender.send(request(layers=2)[0], chosen)
             with pytest.raises(PositionMismatch, match="goes on at position 99"):
                 sender.send(RequestKV(kv.layers, 99), chosen)
@@ -278,7 +269,10 @@ def test_plans_for_other_caches_are_refused_before_they_are_offered(receiver: Re
                 sender.send(kv, chosen, request=b"short")
             transfer = sender.open(chosen.shape, chosen.menu, chosen.split)
             stranger = request(channels=16)
-            with pytest.raises(ShapeMismatch, match="was not offered; offered:"):
+            with pytest.raises(
+                ShapeMismatch,
+                match=r"offered layer 0 \(k 4 x 8, v 4 x 8; \[0, 24\), bfloat16\), got layer",
+            ):
                 transfer.send_layer(stranger[0].layers[0], stranger[1].layers[0])
             for layer_kv, layer in zip(kv.layers, chosen.layers, strict=True):
                 transfer.send_layer(layer_kv, layer)
@@ -301,13 +295,15 @@ def test_nobody_there_is_noticed_on_both_sides(receiver: Receiver) -> None:
 
 def test_a_peer_with_nothing_to_offer_yet_is_kept(receiver: Receiver) -> None:
     kv, chosen = request()
-    with in_thread(lambda: Sender(receiver.address, TOKEN)) as connected:
-        with pytest.raises(PeerSilent, match="no request was offered in time"):
-            receiver.receive(0.5)
-        sender: Sender = connected.result()
-    with sender, in_thread(lambda: sender.send(kv, chosen)) as sent:
-        assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
-        sent.result()
+    with (
+        in_thread(lambda: receiver.receive(2.0)) as received,
+        Sender(receiver.address, TOKEN) as sender,
+    ):
+        with pytest.raises(PeerSilent, match="offered no request in time; it stays connected"):
+            received.result()
+        with in_thread(lambda: receiver.receive(PATIENCE_S)) as received:
+            sender.send(kv, chosen)
+            assert same_cache(received.result().kv, decode(encode(kv, chosen)))
 
 
 def test_a_peer_that_leaves_between_requests_makes_room_for_the_next(receiver: Receiver) -> None:

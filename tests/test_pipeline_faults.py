@@ -202,6 +202,26 @@ def test_a_request_that_outlives_its_lease_is_refused() -> None:
                 sent.result()
 
 
+def test_a_link_that_trickles_does_not_outlive_the_lease_either() -> None:
+    kv = cache(layers=1, heads=8, tokens=4096, channels=64)
+    started = time.monotonic()
+
+    def throttled(data: bytes) -> bytes:
+        time.sleep(0.1)
+        return data
+
+    with (
+        Receiver(TOKEN, lease_s=1.0, silence_s=PATIENCE_S) as receiver,
+        Tap(receiver.address, throttled) as tap,
+        in_thread(lambda: send_once(tap.address, kv, plan_of(kv, NATIVE))) as sent,
+    ):
+        with pytest.raises(TicketRefused, match="has expired"):
+            receiver.receive(PATIENCE_S)
+        assert time.monotonic() - started < 5, "not after all of the 13 s that the segments take"
+        with pytest.raises(KVPrismError):
+            sent.result()
+
+
 def within_deadline(action: Callable[[], Any], silence_s: float = SILENCE_S) -> None:
     """Silence is noticed after `silence_s`, with a tenth and a second of grace."""
     started = time.monotonic()

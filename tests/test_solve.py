@@ -153,7 +153,7 @@ def test_a_nominal_plan_spends_the_payload_that_it_is_given(family: Family, b: f
 def problems(draw: st.DrawFn) -> tuple[TokenProblem, KVShape]:
     n = draw(st.integers(1, 24))
     components = tuple(
-        ComponentShape(name, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 64])))
+        ComponentShape(name, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 64, 512])))
         for name in "kv"
     )
     dtype = draw(st.sampled_from(["bfloat16", "float32"]))
@@ -193,10 +193,8 @@ def better(plan: Plan) -> int:
 @given(st.data())
 def test_no_other_member_makes_better_use_of_the_budget(data: st.DataObject) -> None:
     problem, shape = data.draw(problems())
-    costs = [
-        stream_nbytes(problem.layers(shape, b), problem.menu, problem.split)
-        for b in members(problem)
-    ]
+    plans = [solve_nominal(problem, shape, b) for b in members(problem)]
+    costs = [plan.nbytes for plan in plans]
     assert smallest_prompt(problem, shape) == min(costs)
     budget = data.draw(st.sampled_from(costs)) + data.draw(st.integers(-300, 300))
     if budget < min(costs):
@@ -204,8 +202,19 @@ def test_no_other_member_makes_better_use_of_the_budget(data: st.DataObject) -> 
             solve_prompt(problem, shape, Budget(max(1, budget)))
         assert (raised.value.needed, raised.value.policy) == (min(costs), "p")
         return
-    last_that_fits = max(i for i, cost in enumerate(costs) if cost <= budget)
-    assert solve_prompt(problem, shape, Budget(budget)).nbytes == costs[last_that_fits]
+    best = max((i for i, cost in enumerate(costs) if cost <= budget))
+    assert solve_prompt(problem, shape, Budget(budget)).histogram() == plans[best].histogram()
+
+
+@pytest.mark.parametrize("family", BUDGETED, ids=lambda family: family.name)
+@pytest.mark.parametrize("n", [1, 7, 16])
+def test_every_member_is_found_at_its_own_size(family: Family, n: int) -> None:
+    shape = KVShape.dense(layers=1, heads=2, channels=512, tokens=n)
+    problem = problem_of(family, n)
+    for b in members(problem):
+        member = solve_nominal(problem, shape, b)
+        found = solve_prompt(problem, shape, Budget(member.nbytes))
+        assert found.histogram() == member.histogram()
 
 
 @given(st.data())
@@ -298,6 +307,14 @@ def test_the_minimum_of_all_layers_is_feasible_and_a_byte_less_is_not(data: st.D
         with pytest.raises(BudgetTooSmall) as raised:
             solve_layers(many, shape, Budget(needed - less), shares)
         assert raised.value.needed == needed
+
+
+def test_layers_of_many_manifests_are_counted_with_their_numbers() -> None:
+    shape = KVShape.dense(layers=3, heads=3, channels=8, tokens=24)
+    many = [problem_of(GREEDY, 24, split=Split(1, 1))] * 3
+    needed = smallest_layers(many, shape, [1.0] * 3)
+    plan = solve_layers(many, shape, Budget(needed), [1.0] * 3)
+    assert plan.nbytes <= needed, "from manifest 128 on, each number takes a byte more"
 
 
 def test_a_larger_share_gives_a_layer_more() -> None:

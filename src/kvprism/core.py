@@ -65,6 +65,15 @@ class LayerShape:
                     f"even number of channels, got {heads} heads of {channels}"
                 )
 
+    def __str__(self) -> str:
+        start, stop = self.token_range
+        return f"layer {self.layer_id} ({self.named_components}; [{start}, {stop}), {self.dtype})"
+
+    @property
+    def named_components(self) -> str:
+        """Such as `k 8 x 128, v 8 x 128`: heads and channels."""
+        return ", ".join(f"{c.name} {c.heads} x {c.channels}" for c in self.components)
+
     @property
     def n_tokens(self) -> int:
         return self.token_range[1] - self.token_range[0]

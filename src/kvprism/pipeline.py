@@ -21,7 +21,7 @@ from kvprism.codec.stream import (
     menu_of,
     offered_shape,
 )
-from kvprism.core import Capability, Drop, KVShape, LayerShape, Tier
+from kvprism.core import Capability, Drop, KVShape, Tier
 from kvprism.errors import (
     PeerLost,
     PeerSilent,
@@ -255,10 +255,9 @@ class Transfer:
             ShapeMismatch: not a layer that was offered, or not the one that was planned.
             Unsupported, CodecError, PeerLost, PeerSilent: as `Sender.send`.
         """
-        if self._shapes.get(layer.shape.layer_id) != layer.shape:
-            raise ShapeMismatch(
-                f"{layer.shape} was not offered; offered: {list(self._shapes.values())}"
-            )
+        offered = self._shapes.get(layer.shape.layer_id)
+        if layer.shape != offered:
+            raise ShapeMismatch(f"offered {offered or 'no such layer'}, got {layer.shape}")
         check_layer(kv, layer.shape)
         layer.check_drops(self._menu, self._sender.capability)
         self._send_layer(kv, layer)
@@ -322,20 +321,13 @@ class _Admission(ReceiverConfig):
         offered = offered_shape(offer)
         if self.expected is None:
             return
-        ours, theirs = _components(self.expected.layers), _components(offered.layers)
-        if list(ours) != list(theirs):
-            raise Rejected("shape", "layers", str(list(ours)), str(list(theirs)))
-        for layer_id, components in ours.items():
-            if components != theirs[layer_id]:
-                field = f"components of layer {layer_id}"
-                raise Rejected("shape", field, components, theirs[layer_id])
-
-
-def _components(layers: Sequence[LayerShape]) -> dict[int, str]:
-    return {
-        layer.layer_id: ", ".join(f"{c.name} {c.heads} x {c.channels}" for c in layer.components)
-        for layer in layers
-    }
+        ours, theirs = ([la.layer_id for la in shape.layers] for shape in (self.expected, offered))
+        if ours != theirs:
+            raise Rejected("shape", "layers", str(ours), str(theirs))
+        for our, their in zip(self.expected.layers, offered.layers, strict=True):
+            if our.components != their.components:
+                field = f"components of layer {our.layer_id}"
+                raise Rejected("shape", field, our.named_components, their.named_components)
 
 
 class Receiver:
@@ -454,10 +446,13 @@ class _Peer:
             idle = self.link.session.state == "ready"
             left = deadline - time.monotonic()
             if idle and not self.link.connection.readable(max(0.0, left)):
-                raise PeerSilent("no request was offered in time")
+                raise PeerSilent(
+                    "the connected peer offered no request in time; it stays connected"
+                )
             with self.link.guard():
                 if not idle and time.monotonic() > self._introduced_by:
-                    raise PeerSilent("the peer did not introduce itself in time")
+                    silence_s = self.link.connection.silence_s
+                    raise PeerSilent(f"the peer did not introduce itself within {silence_s:g} s")
                 try:
                     events = self.link.get()
                 except PeerLost:

@@ -168,7 +168,7 @@ def test_a_worker_killed_while_it_loads_is_named(role: str) -> None:
 
 
 def test_a_worker_stopped_while_it_loads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "START_SILENCE_S", 1.0)
+    monkeypatch.setattr(worker_module, "START_SILENCE_S", 4.0)
     with worker_pair("tiny") as pair:
         os.kill(pair.decode.pid, signal.SIGSTOP)
         with pytest.raises(PeerSilent, match="the decode worker"):

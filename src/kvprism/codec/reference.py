@@ -30,7 +30,7 @@ def quantisable(x: torch.Tensor, menu: Sequence[Tier]) -> NDArray[np.bool_]:
 
     They are finite, their scale is within float16, what is restored within the dtype of `x`.
     """
-    absmax = x.detach().abs().amax(dim=-1).float().cpu()
+    absmax = x.abs().amax(dim=-1).float().cpu()
     if quantised_codec(menu) == NESTED_CODEC:
         fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
     else:
@@ -58,7 +58,7 @@ def encode_into(
     Raises:
         CodecError: a non-finite value or a scale beyond float16 in a quantised tier.
     """
-    x = x.detach().cpu()
+    x = x.cpu()
     rows = x.reshape(-1, x.shape[-1])
     if Plane.NATIVE in planes:
         _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])

@@ -89,7 +89,11 @@ def _encode_block(
     try:
         encode_into(x, tiers, menu, planes, (block.heads[0], block.tokens[0]))
     except CodecError as error:
-        raise CodecError(f"layer {block.layer} component {block.component!r}: {error}") from error
+        raise _at(block, error) from error
+
+
+def _at(block: Block, error: CodecError) -> CodecError:
+    return CodecError(f"layer {block.layer} component {block.component!r}: {error}")
 
 
 def _with_digests(block: Block, planes: dict[Plane, memoryview]) -> Block:
@@ -131,7 +135,9 @@ def check_planned(kv: RequestKV, plan: Plan) -> None:
         PositionMismatch: a cache that goes on later than after its last token.
     """
     if len(kv.layers) != len(plan.layers):
-        raise ShapeMismatch(f"planned {len(plan.layers)} layers, got {len(kv.layers)}")
+        raise ShapeMismatch(
+            f"the plan has {len(plan.layers)} layers, the cache {len(kv.layers)}; plan it anew"
+        )
     for layer, planned in zip(kv.layers, plan.shape.layers, strict=True):
         check_layer(layer, planned)
     if kv.next_position != plan.shape.next_position:
@@ -144,7 +150,7 @@ def check_planned(kv: RequestKV, plan: Plan) -> None:
 def check_layer(kv: LayerKV, planned: LayerShape) -> None:
     """Raises `ShapeMismatch` unless this is the layer that was planned."""
     if kv.shape() != planned:
-        raise ShapeMismatch(f"planned for {planned}, got {kv.shape()}; plan this cache anew")
+        raise ShapeMismatch(f"the plan is for {planned}, the cache has {kv.shape()}; plan it anew")
 
 
 def decode(stream: bytes | memoryview, *, max_nbytes: int = MAX_REQUEST_NBYTES) -> RequestKV:
@@ -251,7 +257,10 @@ class Assembler:
         out = destination.rows(block)
         # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
         dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
-        decode_into({Plane(p): data for p, data in planes.items()}, tiers, self.menu, dense)
+        try:
+            decode_into({Plane(p): data for p, data in planes.items()}, tiers, self.menu, dense)
+        except CodecError as error:
+            raise _at(block, error) from error
         if dense is not out:
             out.copy_(dense)
 
