@@ -6,12 +6,11 @@ from typing import Any
 
 from kvprism.commands import console
 from kvprism.core import Budget, KVShape
-from kvprism.errors import BadInput, BudgetTooSmall, UnknownName
+from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.integrations import hf
 from kvprism.layout import row_nbytes
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, PlanOptions, plan_shape, smallest_nbytes
-from kvprism.score import SCORERS
 
 _BITS_PER_S = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9}
 
@@ -30,19 +29,6 @@ def link_bytes_per_s(text: str) -> float:
     if match is None or float(match[1]) == 0:
         raise BadInput(f"link {text!r} is not a speed such as 200Mbps or 10Gbps")
     return float(match[1]) * _BITS_PER_S[match[2].lower()] / 8
-
-
-def options_of(**settings: Any) -> PlanOptions:
-    """The options that the command line names.
-
-    Raises:
-        UnknownName: no such importance or codec.
-    """
-    options = PlanOptions(**settings)
-    if options.importance not in SCORERS:
-        raise UnknownName("importance", options.importance, list(SCORERS))
-    assert options.menu
-    return options
 
 
 def plan_without_prompt(
@@ -71,7 +57,7 @@ def dry_run(
     """
     rates = {link.strip(): link_bytes_per_s(link) for link in links.split(",")}
     shape = hf.shape_of(hf.load_config(model), tokens)
-    options = options_of(codec=codec)
+    options = PlanOptions(codec=codec)
     planned = plan_without_prompt(shape, policy, budget, options)
     smallest = smallest_nbytes(shape, policy, options)
     tiers = _tiers(planned)

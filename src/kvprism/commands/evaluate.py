@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvprism.commands import console
-from kvprism.commands.dry_run import options_of
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, Arm, arms_of
 from kvprism.evaluate.measure import LoadedModel
@@ -17,6 +16,7 @@ from kvprism.evaluate.perplexity import Perplexity, read_text
 from kvprism.evaluate.records import Task, collect, load_records
 from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.summary import Comparison, compare, rows_of
+from kvprism.policies import PlanOptions
 
 
 class Heading(NamedTuple):
@@ -77,7 +77,7 @@ def parse_arms(
         UnknownName: no such policy, importance or codec.
         BadInput: a budgeted policy and no budget.
     """
-    options = options_of(importance=importance, codec=codec, seed=seed)
+    options = PlanOptions(importance=importance, codec=codec, seed=seed)
     names = [name.strip() for name in policies.split(",") if name.strip()]
     return arms_of(names, [b for b in budgets.split(",") if b.strip()], options)
 

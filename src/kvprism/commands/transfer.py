@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from kvprism.commands import console
-from kvprism.commands.dry_run import options_of, plan_without_prompt
+from kvprism.commands.dry_run import plan_without_prompt
 from kvprism.errors import AuthenticationFailed, BadInput
 from kvprism.evaluate.perplexity import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 from kvprism.integrations.worker import Pair
+from kvprism.policies import PlanOptions
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
 
@@ -53,7 +54,7 @@ def _check_plan(
     model: str, ids: list[int], policy: str, budget: str | None, options: Mapping[str, Any]
 ) -> None:
     shape = hf.shape_of(hf.load_config(model), len(ids) - 1)
-    plan_without_prompt(shape, policy, budget, options_of(**options))
+    plan_without_prompt(shape, policy, budget, PlanOptions(**options))
 
 
 def run_file(

@@ -61,7 +61,6 @@ def arms_of(
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
         for budget in wanted if POLICIES[policy].budgeted else [None]:
             arms.append(Arm(policy, budget, options))
-    assert options.menu
     return tuple(dict.fromkeys(arms))
 
 
