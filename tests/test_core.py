@@ -38,6 +38,13 @@ def test_sizes_count_every_value_of_every_component() -> None:
     assert shape.native_nbytes == 4 * shape.n_values
 
 
+def test_token_ranges_come_once_each_in_the_order_of_their_layers() -> None:
+    found = [(6, 10), (0, 10), (6, 10)]
+    shape = KVShape(tuple(layer(layer_id=i, token_range=each) for i, each in enumerate(found)))
+    assert shape.token_ranges == ((6, 10), (0, 10))
+    assert shape.next_position == 10
+
+
 def test_the_next_position_is_the_end_of_the_tokens_not_their_number() -> None:
     assert KVShape((layer(token_range=(10, 15)),)).next_position == 15
 
@@ -100,6 +107,14 @@ SHAPE = KVShape.dense(layers=2, heads=1, channels=100, tokens=10)  # 8000 refere
 )
 def test_budgets_are_converted_exactly(text: str | float | Budget, nbytes: int) -> None:
     assert Budget.parse(text, SHAPE).nbytes == nbytes
+
+
+def test_a_budget_in_tokens_counts_a_sliding_window_for_no_more_than_it_holds() -> None:
+    window, whole = (layer(layer_id=i, token_range=(start, 10)) for i, start in enumerate((6, 0)))
+    shape = KVShape((window, whole))
+    token = whole.reference_nbytes // 10
+    for number, counted in ((3, 3 + 3), (4, 4 + 4), (7, 4 + 7), (10, 4 + 10), (20, 4 + 20)):
+        assert Budget.parse(f"{number}tok", shape).nbytes == counted * token
 
 
 def test_no_byte_is_lost_to_binary_fractions() -> None:

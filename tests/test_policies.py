@@ -387,16 +387,37 @@ def test_only_rankings_by_attention_need_queries(policy: str) -> None:
         planned(policy, view=view)
 
 
-def test_layers_of_other_tokens_are_planned_one_by_one_or_not_at_all() -> None:
-    short = cache(layers=3, tokens=150, channels=64).layers[2]
-    kv = RequestKV((*prompt().layers[:2], LayerKV(2, short.components, short.positions)), TOKENS)
-    for policy in NAMES:
-        if POLICIES[policy].tempo == "whole_prompt":
-            with pytest.raises(Unsupported, match=r"one token range, got .*spectrum-layer"):
-                planned(policy, view=view_of(kv))
-    chosen = planned("spectrum-layer", "0.4", view_of(kv))
-    assert chosen.fraction <= 0.4 and len(encode(kv, chosen)) == chosen.nbytes
-    assert plan_shape(kv.shape(), "spectrum-layer", "0.4").nbytes == chosen.nbytes
+def windowed() -> RequestKV:
+    """As the prompt, but layer 1 holds its last 150 tokens only, as with a sliding window."""
+    kv = prompt()
+    rows = {name: x[:, -150:] for name, x in kv.layers[1].components.items()}
+    short = LayerKV(1, rows, kv.layers[1].positions[-150:])
+    return RequestKV((kv.layers[0], short, kv.layers[2]), TOKENS)
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_a_layer_of_fewer_tokens_keeps_its_range_and_the_budget_is_exact(policy: str) -> None:
+    kv = windowed()
+    budget = "0.4" if POLICIES[policy].budgeted else None
+    chosen = plan(view_of(kv), policy, budget)
+    assert chosen.shape == kv.shape() and len(encode(kv, chosen)) == chosen.nbytes
+    assert budget is None or 0.37 < chosen.fraction <= 0.4
+    if policy not in RANKING:
+        assert plan_shape(kv.shape(), policy, budget).nbytes == chosen.nbytes
+    if POLICIES[policy].tempo == "whole_prompt":
+        assert (tiers_of(chosen, 0) == tiers_of(chosen, 2)).all()
+
+
+def test_layers_of_other_tokens_do_not_move_each_others_ranks() -> None:
+    kv = windowed()
+    view = view_of(kv)
+    chosen = plan(view, "spectrum", 0.4, nominal=True)
+    without = plan([view[0], view[2]], "spectrum", 0.4, nominal=True)
+    assert (tiers_of(chosen, 0) == tiers_of(without, 0)).all()
+    alone = plan([view[1]], "spectrum", 0.4, nominal=True)
+    assert (tiers_of(chosen, 1) == tiers_of(alone, 0)).all()
+    # The sinks of the prompt have left the window: nothing in this layer is a sink.
+    assert histogram(tiers_of(chosen, 1)) == {INT8: 90, INT4: 60}
 
 
 def test_unknown_names_are_refused_before_anything_is_done() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import DROP, INT4, INT8, NATIVE, histogram
 
 from kvprism.core import MENUS, Budget, ComponentShape, KVShape, LayerShape, apportion
-from kvprism.errors import BadInput, BudgetTooSmall, Unsupported
+from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.layout import Split
 from kvprism.plans import Plan, layer_nbytes, stream_nbytes
 from kvprism.solve import (
@@ -124,7 +124,7 @@ def test_pinned_rows_are_native_where_they_would_be_quantised() -> None:
     rows[1, :] = True
     problem = problem_of(TWO_TIER, 4, pinned={0: {"v": rows}})
     shape = KVShape.dense(layers=2, heads=2, channels=8, tokens=4)
-    first, second = problem.layers(shape, 0.25)
+    first, second = solve_nominal([problem], shape, 0.25).layers
     tiers = problem.tiers(0.25)
     assert histogram(tiers) == {INT8: 2, DROP: 2}
     assert (first.tier_of["k"] == tiers).all() and (second.tier_of["v"] == tiers).all()
@@ -141,9 +141,9 @@ def test_a_nominal_plan_spends_the_payload_that_it_is_given(family: Family, b: f
     problem = problem_of(family, 40)
     if b < family.floor:
         with pytest.raises(BadInput, match=f"nominal budget {b} for {family.name}: expected 0.25"):
-            solve_nominal(problem, SHAPE, b)
+            solve_nominal([problem], SHAPE, b)
         return
-    counts = solve_nominal(problem, SHAPE, b).histogram()
+    counts = solve_nominal([problem], SHAPE, b).histogram()
     rows = sum(counts.values())
     spent = counts["native"] + counts["int8"] / 2 + counts["int4"] / 4
     assert (b - 1 / 40) * rows < spent <= b * rows
@@ -193,17 +193,17 @@ def better(plan: Plan) -> int:
 @given(st.data())
 def test_no_other_member_makes_better_use_of_the_budget(data: st.DataObject) -> None:
     problem, shape = data.draw(problems())
-    plans = [solve_nominal(problem, shape, b) for b in members(problem)]
+    plans = [solve_nominal([problem], shape, b) for b in members(problem)]
     costs = [plan.nbytes for plan in plans]
-    assert smallest_prompt(problem, shape) == min(costs)
+    assert smallest_prompt([problem], shape) == min(costs)
     budget = data.draw(st.sampled_from(costs)) + data.draw(st.integers(-300, 300))
     if budget < min(costs):
         with pytest.raises(BudgetTooSmall) as raised:
-            solve_prompt(problem, shape, Budget(max(1, budget)))
+            solve_prompt([problem], shape, Budget(max(1, budget)))
         assert (raised.value.needed, raised.value.policy) == (min(costs), "p")
         return
     best = max((i for i, cost in enumerate(costs) if cost <= budget))
-    assert solve_prompt(problem, shape, Budget(budget)).histogram() == plans[best].histogram()
+    assert solve_prompt([problem], shape, Budget(budget)).histogram() == plans[best].histogram()
 
 
 @pytest.mark.parametrize("family", BUDGETED, ids=lambda family: family.name)
@@ -212,26 +212,26 @@ def test_every_member_is_found_at_its_own_size(family: Family, n: int) -> None:
     shape = KVShape.dense(layers=1, heads=2, channels=512, tokens=n)
     problem = problem_of(family, n)
     for b in members(problem):
-        member = solve_nominal(problem, shape, b)
-        found = solve_prompt(problem, shape, Budget(member.nbytes))
+        member = solve_nominal([problem], shape, b)
+        found = solve_prompt([problem], shape, Budget(member.nbytes))
         assert found.histogram() == member.histogram()
 
 
 @given(st.data())
 def test_the_minimum_is_feasible_and_a_byte_less_is_not(data: st.DataObject) -> None:
     problem, shape = data.draw(problems())
-    needed = smallest_prompt(problem, shape)
-    assert solve_prompt(problem, shape, Budget(needed)).nbytes == needed
+    needed = smallest_prompt([problem], shape)
+    assert solve_prompt([problem], shape, Budget(needed)).nbytes == needed
     with pytest.raises(BudgetTooSmall, match=f"at least {needed} "):
-        solve_prompt(problem, shape, Budget(needed - 1))
+        solve_prompt([problem], shape, Budget(needed - 1))
 
 
 @given(st.data())
 def test_more_budget_never_gives_fewer_tokens_of_eight_bits_or_more(data: st.DataObject) -> None:
     problem, shape = data.draw(problems())
-    needed = smallest_prompt(problem, shape)
+    needed = smallest_prompt([problem], shape)
     steps = sorted(data.draw(st.lists(st.integers(0, 4000), min_size=2, max_size=8)))
-    kept = [better(solve_prompt(problem, shape, Budget(needed + step))) for step in steps]
+    kept = [better(solve_prompt([problem], shape, Budget(needed + step))) for step in steps]
     assert kept == sorted(kept)
 
 
@@ -246,30 +246,58 @@ def test_what_is_left_of_a_budget_is_less_than_a_token(family: Family, codec: st
     new = 4 * (2 * 5 * (256 + 32) + 4 + 700 // 8)
     for fraction in np.linspace(0.30, 0.98, 18):
         budget = int(fraction * shape.reference_nbytes)
-        left = budget - solve_prompt(problem, shape, Budget(budget)).nbytes
+        left = budget - solve_prompt([problem], shape, Budget(budget)).nbytes
         assert 0 <= left < token + new
 
 
 def test_no_budget_at_all_is_the_best_member() -> None:
-    assert solve_prompt(problem_of(GREEDY, 40), SHAPE, None).histogram()["native"] == 320
-    assert solve_prompt(problem_of(ALL_INT4, 40), SHAPE, None).histogram()["int4"] == 320
+    assert solve_prompt([problem_of(GREEDY, 40)], SHAPE, None).histogram()["native"] == 320
+    assert solve_prompt([problem_of(ALL_INT4, 40)], SHAPE, None).histogram()["int4"] == 320
 
 
 def test_a_fixed_rate_is_refused_a_budget_below_its_size() -> None:
     problem = problem_of(ALL_INT8, 40)
-    nbytes = solve_prompt(problem, SHAPE, None).nbytes
-    assert solve_prompt(problem, SHAPE, Budget(nbytes)).nbytes == nbytes
+    nbytes = solve_prompt([problem], SHAPE, None).nbytes
+    assert solve_prompt([problem], SHAPE, Budget(nbytes)).nbytes == nbytes
     with pytest.raises(BudgetTooSmall, match=f"at least {nbytes} "):
-        solve_prompt(problem, SHAPE, Budget(nbytes - 1))
+        solve_prompt([problem], SHAPE, Budget(nbytes - 1))
 
 
-def test_layers_of_other_tokens_cannot_share_one_map() -> None:
-    layers = tuple(LayerShape(i, SHAPE.layers[0].components, (i, 40), "float32") for i in range(2))
-    message = r"got \[\(0, 40\), \(1, 40\)\]; plan each layer alone"
-    with pytest.raises(Unsupported, match=message):
-        solve_prompt(problem_of(GREEDY, 40), KVShape(layers), Budget(10**6))
-    with pytest.raises(Unsupported, match=message):
-        solve_nominal(problem_of(GREEDY, 40), KVShape(layers), 0.5)
+def two_ranges() -> tuple[list[TokenProblem], KVShape]:
+    """Layers 0 and 2 hold tokens 25 to 39 only, as with a sliding window."""
+    components = SHAPE.layers[0].components
+    starts = (25, 0, 25, 0)
+    layers = [LayerShape(i, components, (start, 40), "bfloat16") for i, start in enumerate(starts)]
+    return [problem_of(GREEDY, 15, seed=1), problem_of(GREEDY, 40, sinks=4)], KVShape(tuple(layers))
+
+
+def test_layers_of_other_tokens_have_their_own_map_at_one_b() -> None:
+    problems, shape = two_ranges()
+    plan = solve_nominal(problems, shape, 0.4)
+    for layer, problem in zip(plan.layers, problems * 2, strict=True):
+        assert all((rows == problem.tiers(0.4)).all() for rows in layer.tier_of.values())
+
+
+def test_layers_of_other_tokens_share_one_exact_budget() -> None:
+    problems, shape = two_ranges()
+    needed = smallest_prompt(problems, shape)
+    costs = [solve_nominal(problems, shape, 0.25 + 0.75 * i / 320).nbytes for i in range(321)]
+    assert needed == min(costs)
+    for budget in range(needed, max(costs) + 1, 7):
+        best = max(i for i, nbytes in enumerate(costs) if nbytes <= budget)
+        assert solve_prompt(problems, shape, Budget(budget)).nbytes == costs[best]
+    with pytest.raises(BudgetTooSmall, match=f"at least {needed} "):
+        solve_prompt(problems, shape, Budget(needed - 1))
+
+
+def test_every_token_range_needs_its_problem() -> None:
+    problems, shape = two_ranges()
+    for some in (problems[:1], problems * 2):
+        message = rf"\[\(25, 40\), \(0, 40\)\] need one problem each, got {len(some)}"
+        with pytest.raises(BadInput, match=message):
+            solve_prompt(some, shape, Budget(10**6))
+        with pytest.raises(BadInput, match=message):
+            solve_nominal(some, shape, 0.5)
 
 
 @st.composite
@@ -344,6 +372,6 @@ def test_a_long_prompt_of_a_large_model_is_solved_in_a_few_evaluations() -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenProblem, "layer", counted)
-        plan = solve_prompt(problem, shape, Budget(int(0.3 * shape.reference_nbytes)))
+        plan = solve_prompt([problem], shape, Budget(int(0.3 * shape.reference_nbytes)))
     assert 0.2999 < plan.fraction <= 0.3
     assert evaluations < 60

@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from kvprism.commands import console
+from kvprism.commands import console, eval_app
+from kvprism.commands.options import (
+    AllowRemote,
+    BudgetText,
+    CacheDtype,
+    Codec,
+    First,
+    Importance,
+    Json,
+    Model,
+    NewTokens,
+    PolicyName,
+    Prompt,
+    Seed,
+    TokenFile,
+)
 
 app = typer.Typer(
     name="kvprism",
@@ -19,63 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: at once, and the same in a terminal and in a log
 )
-evaluate_app = typer.Typer(
-    help="Measure quality at exact bytes.", no_args_is_help=True, rich_markup_mode=None
-)
-app.add_typer(evaluate_app, name="eval")
-
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
-Model = Annotated[
-    str, typer.Option("--model", help="Built-in model or directory of a local checkpoint.")
-]
-Prompt = Annotated[Path, typer.Option("--file", help="The prompt: a UTF-8 text file.")]
-First = Annotated[
-    int | None, typer.Option("--tokens", min=2, help="Take only the first N tokens of the prompt.")
-]
-NewTokens = Annotated[
-    int, typer.Option("--new-tokens", min=1, help="Generate at most this many tokens, greedily.")
-]
-TokenFile = Annotated[
-    Path, typer.Option("--token-file", help="The shared secret; make one with: kvprism token FILE")
-]
-AllowRemote = Annotated[
-    bool,
-    typer.Option(
-        "--allow-remote",
-        help="Allow addresses off loopback. Peers are authenticated, but nothing is encrypted.",
-    ),
-]
-PolicyName = Annotated[
-    str, typer.Option("--policy", help="What is sent how precisely; kvprism policies lists them.")
-]
-Policies = Annotated[str, typer.Option("--policy", help="Policies, with commas between them.")]
-BudgetText = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        help="Cap on all wire bytes: 0.30 or 30% of the cache at 16 bits, 512MiB, or 512tok.",
-    ),
-]
-Budgets = Annotated[str, typer.Option("--budget", help="Budgets, with commas between them.")]
-Importance = Annotated[
-    str, typer.Option("--importance", help="What ranks tokens: attention, position or norm.")
-]
-Codec = Annotated[
-    str,
-    typer.Option("--codec", help="The code of INT8 and INT4: nested, or the papers' published."),
-]
-CacheDtype = Annotated[
-    str,
-    typer.Option(
-        "--cache-dtype", help="Dtype of the prefill side's cache: bfloat16, float16 or float32."
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
-Records = Annotated[
-    Path | None,
-    typer.Option("--records", help="Keep every measurement here; the same command resumes."),
-]
-ALL_POLICIES = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers"
+app.add_typer(eval_app.app, name="eval")
 
 
 def _show_version(wanted: bool) -> None:
@@ -343,121 +302,6 @@ def policies(json: Json = None) -> None:
         console.table("policies", ["policy", "size", "tempo", "what it sends"], rows, words=True)
         keys = ("policy", "size", "tempo", "summary")
         console.write_json(json, [dict(zip(keys, row, strict=True)) for row in rows])
-
-
-@evaluate_app.command(
-    epilog="Example: kvprism eval perplexity --text book.txt --policy int4,spectrum --budget 0.30"
-)
-def perplexity(
-    text: Annotated[Path, typer.Option("--text", help="Any UTF-8 text file.")],
-    model: Model = "tiny",
-    context: Annotated[
-        int, typer.Option("--context", min=2, help="Prompt tokens of a document.")
-    ] = 1536,
-    continuation: Annotated[
-        int, typer.Option("--continuation", min=1, help="Scored tokens after it.")
-    ] = 512,
-    documents: Annotated[
-        int, typer.Option("--documents", min=1, help="Documents, spread over the text.")
-    ] = 40,
-    policy: Policies = ALL_POLICIES,
-    budget: Budgets = "0.30,0.52",
-    importance: Importance = "attention",
-    codec: Codec = "nested",
-    cache_dtype: CacheDtype = "bfloat16",
-    seed: Seed = 0,
-    records: Records = None,
-    json: Json = None,
-) -> None:
-    """Perplexity, KL and flips of continuations on restored caches.
-
-    For every policy at every budget: perplexity, mean and p99 KL to raw, and how often the most
-    likely token differs, with paired 95 % intervals over documents.
-    """
-    with console.one_line_errors(json, records):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_perplexity
-
-        task = run_perplexity(
-            model,
-            text,
-            arms=parse_arms(policy, budget, importance, codec, seed),
-            context=context,
-            continuation=continuation,
-            n_documents=documents,
-            seed=seed,
-            cache_dtype=cache_dtype,
-        )
-        measure_and_show(task, records, json)
-
-
-@evaluate_app.command(
-    epilog="Example: kvprism eval needle --length 1024 --distractors 0,3 --records needle.jsonl"
-)
-def needle(
-    model: Model = "tiny",
-    length: Annotated[
-        str, typer.Option("--length", help="Context tokens, with commas between them.")
-    ] = "1024,2048",
-    depths: Annotated[
-        int, typer.Option("--depths", min=1, help="Depths, evenly spread from start to end.")
-    ] = 11,
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Cases per depth.")] = 5,
-    distractors: Annotated[
-        str, typer.Option("--distractors", help="Other facts beside it, with commas between them.")
-    ] = "0,3",
-    policy: Policies = ALL_POLICIES,
-    budget: Budgets = "0.30,0.52",
-    haystack: Annotated[
-        Path | None, typer.Option("--haystack", help="A text file instead of generated text.")
-    ] = None,
-    importance: Importance = "attention",
-    codec: Codec = "nested",
-    cache_dtype: CacheDtype = "bfloat16",
-    seed: Seed = 0,
-    records: Records = None,
-    json: Json = None,
-) -> None:
-    """Facts hidden in a long text, asked for on restored caches.
-
-    For every policy at every budget: exact match, digit NLL and mean KL to raw, with paired 95 %
-    intervals over cases.
-    """
-    with console.one_line_errors(json, records):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, numbers, parse_arms, run_needle
-
-        task = run_needle(
-            model,
-            arms=parse_arms(policy, budget, importance, codec, seed),
-            lengths=numbers(length, "--length"),
-            depths=depths,
-            trials=trials,
-            distractors=numbers(distractors, "--distractors"),
-            seed=seed,
-            haystack=haystack,
-            cache_dtype=cache_dtype,
-        )
-        measure_and_show(task, records, json)
-
-
-@evaluate_app.command(
-    epilog="Example: kvprism eval compare needle.jsonl --policy spectrum --versus random-tiers,int4"
-)
-def compare(
-    records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
-    policy: PolicyName = "spectrum",
-    versus: Annotated[
-        str, typer.Option("--versus", help="Policies to compare with, with commas between them.")
-    ] = "random-tiers,int4",
-    json: Json = None,
-) -> None:
-    """Paired differences of one policy from others, from records."""
-    with console.one_line_errors(json):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import compare_and_show
-
-        compare_and_show(records, policy, versus.split(","), json)
 
 
 @app.command(hidden=True)

@@ -136,6 +136,11 @@ class KVShape:
         return sum(layer.native_nbytes for layer in self.layers)
 
     @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The different token ranges, in the order of their first layers."""
+        return tuple(dict.fromkeys(layer.token_range for layer in self.layers))
+
+    @property
     def next_position(self) -> int:
         """The true position of the next token: the original length, not the kept length."""
         return max(layer.token_range[1] for layer in self.layers)
@@ -185,7 +190,8 @@ class Budget:
     def parse(cls, text: "str | float | Budget", shape: KVShape) -> "Budget":
         """Convert `0.30`, `30%` (of the 16-bit reference), `512MiB` or `512tok` (at 16 bits) once.
 
-        Fractions of a byte are cut off.
+        Fractions of a byte are cut off. A layer that holds fewer tokens than the longest one never
+        counts for more than it holds.
 
         Example:
             >>> Budget.parse("25%", KVShape.dense(layers=1, heads=1, channels=64, tokens=16)).nbytes
@@ -203,7 +209,8 @@ class Budget:
         if unit in _UNITS:
             return cls(int(number * _UNITS[unit]))
         if unit == "tok":
-            return cls(sum(int(la.reference_nbytes * number / la.n_tokens) for la in shape.layers))
+            longest = max(layer.n_tokens for layer in shape.layers)
+            return cls(sum(_nbytes_of_tokens(layer, number, longest) for layer in shape.layers))
         if unit == "" and number > _MAX_FRACTION:
             raise BadInput(
                 f"budget {text} is {text} times the cache at 16 bits; name the unit: "
@@ -214,6 +221,11 @@ class Budget:
     def split(self, weights: Sequence[float]) -> "tuple[Budget, ...]":
         """Shares in proportion to `weights` that sum exactly to this budget; see `apportion`."""
         return tuple(Budget(share) for share in apportion(self.nbytes, weights))
+
+
+def _nbytes_of_tokens(layer: LayerShape, number: Fraction, longest: int) -> int:
+    held = number if layer.n_tokens == longest else min(number, Fraction(layer.n_tokens))
+    return int(layer.reference_nbytes * held / layer.n_tokens)
 
 
 def apportion(total: int, weights: Sequence[float]) -> list[int]:

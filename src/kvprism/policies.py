@@ -26,7 +26,6 @@ from kvprism.solve import (
     Family,
     Pinned,
     TokenProblem,
-    check_one_range,
     smallest_layers,
     smallest_prompt,
     solve_layers,
@@ -148,11 +147,15 @@ def plan(
     wire bytes (none for the fixed-rate policies); nominal: read the fraction as the paper's
     payload-only budget instead.
 
+    A policy that gives a token one tier in all layers does so for the layers that hold the same
+    tokens: layers with a sliding window are ranked by the mean over themselves, the others by the
+    mean over the others, and all follow one curve at one b.
+
     Raises:
         UnknownName: no such policy.
         BudgetTooSmall: nothing legal fits; carries the minimum.
         MissingSignal: importance `attention` without captured queries.
-        Unsupported: the receiver's capability rules the policy out, or layers of different tokens.
+        Unsupported: the receiver's capability rules the policy out.
         BadInput: a budgeted policy without a budget, or a profile of another number of layers.
     """
     row, menu = POLICIES[policy], options.menu
@@ -166,7 +169,7 @@ def plan(
     shape = KVShape(tuple(layer.kv.shape() for layer in view))
     problems = _problems(policy, shape, view, options)
     if nominal and row.budgeted:
-        planned = _solve_nominal(problems, shape, _fraction(budget))
+        planned = _solve_nominal(row, problems, shape, _fraction(budget))
     else:
         planned = _solve(policy, problems, shape, budget, profile)
     for layer in planned.layers:
@@ -191,7 +194,7 @@ def smallest_nbytes(shape: KVShape, policy: str, options: PlanOptions = DEFAULT_
     problems = _problems(policy, shape, (), options)
     if POLICIES[policy].tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, None))
-    return smallest_prompt(problems[0], shape)
+    return smallest_prompt(problems, shape)
 
 
 def layer_shares(shape: KVShape, profile: Profile | None) -> tuple[float, ...]:
@@ -212,18 +215,18 @@ def _solve(
     if budget is None:
         if row.budgeted:
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
-        return solve_prompt(problems[0], shape, None)
+        return solve_prompt(problems, shape, None)
     limit = Budget.parse(budget, shape)
     if row.tempo == "per_layer":
         return solve_layers(problems, shape, limit, layer_shares(shape, profile))
-    return solve_prompt(problems[0], shape, limit)
+    return solve_prompt(problems, shape, limit)
 
 
-def _solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
-    if len(problems) == 1:
-        return solve_nominal(problems[0], shape, b)
+def _solve_nominal(row: Policy, problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
+    if row.tempo == "whole_prompt":
+        return solve_nominal(problems, shape, b)
     alone = [
-        solve_nominal(problem, KVShape((layer,)), b)
+        solve_nominal([problem], KVShape((layer,)), b)
         for problem, layer in zip(problems, shape.layers, strict=True)
     ]
     return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
@@ -242,16 +245,20 @@ def _fraction(budget: str | float | Budget | None) -> float:
 def _problems(
     policy: str, shape: KVShape, view: Sequence[LayerView], options: PlanOptions
 ) -> list[TokenProblem]:
-    """One problem for all layers, or one for each; without a view it is a dry run."""
+    """One problem for each token range, or for each layer; without a view it is a dry run."""
     split = options.split or split_of(shape)
     if POLICIES[policy].tempo == "per_layer":
-        views = [[layer] for layer in view] or [[]] * len(shape.layers)
-        return [
-            _problem(policy, layer, its_view, options, split)
-            for layer, its_view in zip(shape.layers, views, strict=True)
+        groups = [[layer] for layer in shape.layers]
+    else:
+        groups = [
+            [layer for layer in shape.layers if layer.token_range == tokens]
+            for tokens in shape.token_ranges
         ]
-    check_one_range(shape)
-    return [_problem(policy, shape.layers[0], view, options, split)]
+    views = {layer.kv.layer_id: layer for layer in view}
+    return [
+        _problem(policy, group[0], [views[la.layer_id] for la in group if view], options, split)
+        for group in groups
+    ]
 
 
 def _problem(

@@ -16,7 +16,8 @@ DECAY = 0.01
 def window_attention(view: LayerView) -> torch.Tensor:
     """SpectrumKV's A_j: the mean attention that the last window pays to each token, per KV head.
 
-    Memory is O(q_head * window * token); the causal mask holds inside the window.
+    Memory is O(q_head * window * token); the causal mask holds inside the window. Attention is over
+    the view's own tokens: what has left a layer's sliding window will not be attended to again.
 
     Raises:
         MissingSignal: the capture recorded no queries.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.core import Budget, KVShape, LayerShape, Tier, apportion, least_total
-from kvprism.errors import BadInput, BudgetTooSmall, Unsupported
+from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.layout import WHOLE, Split, TierArray, row_nbytes
 from kvprism.plans import (
     LayerPlan,
@@ -143,9 +143,18 @@ class TokenProblem:
             tier_of[name] = rows
         return LayerPlan(shape, tier_of)
 
-    def layers(self, shape: KVShape, b: float) -> tuple[LayerPlan, ...]:
-        tiers = self.tiers(b)
-        return tuple(self.layer(layer, tiers) for layer in shape.layers)
+
+Planned = Sequence[tuple[TokenProblem, LayerShape]]
+
+
+def _layers(planned: Planned, b: float) -> tuple[LayerPlan, ...]:
+    """Every layer at nominal budget b, in the tiers of its own problem."""
+    tiers = {problem: problem.tiers(b) for problem in _distinct_problems(planned)}
+    return tuple(problem.layer(layer, tiers[problem]) for problem, layer in planned)
+
+
+def _distinct_problems(planned: Planned) -> list[TokenProblem]:
+    return list(dict.fromkeys(problem for problem, _ in planned))
 
 
 class _Curve:
@@ -156,26 +165,23 @@ class _Curve:
     so it bounds where to look.
     """
 
-    def __init__(
-        self,
-        problem: TokenProblem,
-        layers: Sequence[LayerShape],
-        nbytes: Callable[[Sequence[LayerPlan]], int],
-    ) -> None:
-        self._problem, self._layers, self._nbytes = problem, layers, nbytes
-        self._floor, n = problem.family.floor, len(problem.order)
+    def __init__(self, planned: Planned, nbytes: Callable[[Sequence[LayerPlan]], int]) -> None:
+        self._planned, self._nbytes = planned, nbytes
+        self._problems = _distinct_problems(planned)
+        self._family = self._problems[0].family
+        n = max(len(problem.order) for problem in self._problems)
         # Balanced has the finest curve: one of its counts changes with every 5/8 of a token in b.
-        self._steps = range(8 * n + 1 if self._floor < 1 else 1)
+        self._steps = range(8 * n + 1 if self._family.floor < 1 else 1)
         self._token_nbytes = [
-            sum(
-                component.heads * row_nbytes(tier, component.channels, layer.itemsize)
-                for layer in layers
-                for component in layer.components
-            )
-            for tier in problem.menu[:DROP_INDEX]
+            _token_nbytes(problem, [layer for its, layer in planned if its is problem])
+            for problem in self._problems
         ]
-        dropped = np.full(n + len(problem.protected), DROP_INDEX, np.uint8)
-        self._framing = nbytes([problem.layer(layer, dropped) for layer in layers])
+        self._framing = nbytes(
+            [
+                problem.layer(layer, np.full(layer.n_tokens, DROP_INDEX, np.uint8))
+                for problem, layer in planned
+            ]
+        )
 
     def smallest(self) -> int:
         """The fewest bytes of any member."""
@@ -193,20 +199,23 @@ class _Curve:
         return self._b(next(step for step in steps if self._cost(step) <= given))
 
     def _b(self, step: int) -> float:
-        return self._floor + (1 - self._floor) * step / max(1, self._steps[-1])
+        floor = self._family.floor
+        return floor + (1 - floor) * step / max(1, self._steps[-1])
 
-    def _counts(self, step: int) -> TierCounts:
-        return self._problem.family.counts(self._b(step), len(self._problem.order))
+    def _counts(self, step: int) -> list[TierCounts]:
+        b = self._b(step)
+        return [self._family.counts(b, len(problem.order)) for problem in self._problems]
 
     def _cost(self, step: int) -> int:
-        tiers = self._problem.tiers(self._b(step))
-        return self._nbytes([self._problem.layer(layer, tiers) for layer in self._layers])
+        return self._nbytes(_layers(self._planned, self._b(step)))
 
     def _least(self, step: int) -> int:
-        native, int8, int4 = self._counts(step)
-        counts = (native + len(self._problem.protected), int8, int4)
-        sizes = zip(counts, self._token_nbytes, strict=True)
-        return self._framing + sum(count * nbytes for count, nbytes in sizes)
+        nbytes = self._framing
+        counted = zip(self._problems, self._counts(step), self._token_nbytes, strict=True)
+        for problem, (native, int8, int4), token_nbytes in counted:
+            counts = (native + len(problem.protected), int8, int4)
+            nbytes += sum(n * each for n, each in zip(counts, token_nbytes, strict=True))
+        return nbytes
 
     def _distinct(self, steps: Iterable[int]) -> Iterator[int]:
         """The steps at which the counts change."""
@@ -214,57 +223,70 @@ class _Curve:
             yield next(same)
 
 
-def solve_prompt(problem: TokenProblem, shape: KVShape, budget: Budget | None) -> Plan:
-    """One tier per token for all layers: the largest b that fits the exact budget.
+def _token_nbytes(problem: TokenProblem, layers: Sequence[LayerShape]) -> list[int]:
+    """Payload bytes of one token in all of these layers, for each tier that is not dropped."""
+    return [
+        sum(
+            component.heads * row_nbytes(tier, component.channels, layer.itemsize)
+            for layer in layers
+            for component in layer.components
+        )
+        for tier in problem.menu[:DROP_INDEX]
+    ]
+
+
+def solve_prompt(problems: Sequence[TokenProblem], shape: KVShape, budget: Budget | None) -> Plan:
+    """One tier per token for all layers that hold it: the largest b that fits the exact budget.
+
+    problems: one for each of `shape.token_ranges`. Layers of different ranges share b, not ranks:
+    a sliding window's attention over its few tokens does not compare with attention over all.
 
     Raises:
         BudgetTooSmall: no member of the family fits; carries the minimum.
-        Unsupported: layers of different token ranges.
+        BadInput: not one problem per token range.
     """
     b = 1.0
     if budget is not None:
-        needed = smallest_prompt(problem, shape)
+        needed = smallest_prompt(problems, shape)
         if needed > budget.nbytes:
-            raise BudgetTooSmall(problem.policy, needed, budget.nbytes, shape.reference_nbytes)
-        b = _prompt_curve(problem, shape).largest(budget.nbytes)
-    return solve_nominal(problem, shape, b)
+            raise BudgetTooSmall(problems[0].policy, needed, budget.nbytes, shape.reference_nbytes)
+        b = _prompt_curve(problems, shape).largest(budget.nbytes)
+    return solve_nominal(problems, shape, b)
 
 
-def smallest_prompt(problem: TokenProblem, shape: KVShape) -> int:
+def smallest_prompt(problems: Sequence[TokenProblem], shape: KVShape) -> int:
     """The fewest bytes that `solve_prompt` can send this cache in."""
-    return _prompt_curve(problem, shape).smallest()
+    return _prompt_curve(problems, shape).smallest()
 
 
-def _prompt_curve(problem: TokenProblem, shape: KVShape) -> _Curve:
-    check_one_range(shape)
-    return _Curve(
-        problem, shape.layers, lambda layers: stream_nbytes(layers, problem.menu, problem.split)
-    )
+def _prompt_curve(problems: Sequence[TokenProblem], shape: KVShape) -> _Curve:
+    planned, first = _by_range(problems, shape), problems[0]
+    return _Curve(planned, lambda layers: stream_nbytes(layers, first.menu, first.split))
 
 
-def check_one_range(shape: KVShape) -> None:
-    """Raises `Unsupported` unless all layers have the same tokens."""
-    found = sorted({layer.token_range for layer in shape.layers})
-    if len(found) > 1:
-        raise Unsupported(
-            f"one tier map for all layers needs layers of one token range, got {found}; "
-            "plan each layer alone, with spectrum-layer"
+def _by_range(problems: Sequence[TokenProblem], shape: KVShape) -> Planned:
+    """Every layer with the problem of its token range."""
+    found = shape.token_ranges
+    if len(problems) != len(found):
+        raise BadInput(
+            f"token ranges {list(found)} need one problem each, got {len(problems)} problems"
         )
+    problem_of = dict(zip(found, problems, strict=True))
+    return [(problem_of[layer.token_range], layer) for layer in shape.layers]
 
 
-def solve_nominal(problem: TokenProblem, shape: KVShape, b: float) -> Plan:
+def solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
     """The paper's plan at nominal budget b: payload only, whatever the wire bytes come to.
 
     Raises:
-        BadInput: b below the family's floor or above 1.
-        Unsupported: layers of different token ranges.
+        BadInput: b below the family's floor or above 1, or not one problem per token range.
     """
-    if not problem.family.floor <= b <= 1:
+    planned, first = _by_range(problems, shape), problems[0]
+    if not first.family.floor <= b <= 1:
         raise BadInput(
-            f"nominal budget {b} for {problem.family.name}: expected {problem.family.floor} to 1"
+            f"nominal budget {b} for {first.family.name}: expected {first.family.floor} to 1"
         )
-    check_one_range(shape)
-    return Plan(problem.layers(shape, b), problem.menu, problem.split, problem.policy)
+    return Plan(_layers(planned, b), first.menu, first.split, first.policy)
 
 
 def solve_layers(
@@ -307,7 +329,7 @@ def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[lis
     menu, split = problems[0].menu, problems[0].split
     curves, sequence = [], 0
     for problem, layer in zip(problems, shape.layers, strict=True):
-        curves.append(_Curve(problem, [layer], partial(_one_nbytes, menu, split, sequence)))
+        curves.append(_Curve([(problem, layer)], partial(_one_nbytes, menu, split, sequence)))
         sequence += n_manifests(layer, split)
     # END counts the bytes before it, which are not known yet: room for the longest number.
     end = frame_nbytes(end_of(sequence, MAX_NBYTES))

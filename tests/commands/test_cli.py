@@ -48,7 +48,7 @@ def test_examples_name_real_options() -> None:
         assert used <= known, name
 
 
-@pytest.mark.parametrize("command", ["demo", "eval needle", "decode"])
+@pytest.mark.parametrize("command", ["demo", "eval ruler", "decode"])
 def test_help_of_a_command_answers_at_once(command: str) -> None:
     """By processor time, which other work on this machine does not change much."""
     arguments = [sys.executable, "-m", "kvprism", *command.split(), "--help"]
@@ -148,6 +148,7 @@ def test_a_budgeted_policy_without_a_budget_says_how_to_give_one(run: Run) -> No
         ["demo", "--report"],
         ["run", "--file", "prompt.txt", "--save"],
         ["eval", "needle", "--records"],
+        ["eval", "ruler", "--json"],
         ["inspect", "stream.kvp", "--json"],
     ],
     ids=" ".join,

@@ -12,7 +12,7 @@ CONTRACT = shlex.split(
     "reference_bytes fraction fraction_native resident_bytes length distractors seed commit "
     "versions"
 )
-LABELS = ["codec", "importance", "fixed_rate", "wire_only", "reason"]
+LABELS = shlex.split("codec importance fixed_rate wire_only reason subtask query_aware")
 TABLE_COLUMNS = 120
 
 PERPLEXITY = shlex.split(
@@ -21,6 +21,10 @@ PERPLEXITY = shlex.split(
 )
 NEEDLE = shlex.split(
     "eval needle --model tiny --length 256 --depths 2 --trials 1 --distractors 0,1 "
+    "--policy int4,pdtrim --budget 0.30"
+)
+RULER = shlex.split(
+    "eval ruler --model tiny --length 200 --trials 1 --task needle,multi-value "
     "--policy int4,pdtrim --budget 0.30"
 )
 
@@ -110,6 +114,86 @@ def test_needle_rows_have_a_cell_per_count_of_distractors(run: Run, tmp_path: Pa
     assert widest(result.stdout) <= TABLE_COLUMNS
     compared = run("eval", "compare", records, "--policy", "int4", "--versus", "pdtrim")
     assert "not ranked: 256 tokens, 0 distractors: n = 2 is below 100" in compared.stdout
+
+
+@pytest.fixture(scope="module")
+def ruler(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ruler")
+    files = ["--json", folder / "rows.json", "--records", folder / "records.jsonl"]
+    result = run(*RULER, *files)
+    assert result.exit_code == 0, result.output
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_ruler_has_a_cell_per_subtask_and_their_average(ruler: Path) -> None:
+    rows = read_json(ruler / "rows.json")
+    for row in rows:
+        assert set(row) == {*CONTRACT, *LABELS}
+        assert (row["task"], row["query_aware"], row["distractors"]) == ("ruler", False, None)
+    cells = list(dict.fromkeys((row["length"], row["subtask"], row["n"]) for row in rows))
+    assert cells == [(200, "needle", 11), (200, "multi-value", 11), (200, "average", 22)]
+    metrics = ["exact_match", "answers_right", "answer_nll", "kl_mean", "top1_flips_per_1000"]
+    assert [row["metric"] for row in rows[:5]] == metrics
+    shown = (ruler / "stdout").read_text()
+    assert "ruler: 200 tokens, multi-value, n = 11" in shown
+    assert widest(shown) <= TABLE_COLUMNS
+
+
+def test_a_second_run_of_ruler_measures_only_what_is_missing(run: Run, ruler: Path) -> None:
+    records, again = ruler / "records.jsonl", ruler / "again.json"
+    whole = records.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    records.write_bytes(b"".join(lines[:-4]))
+    assert run(*RULER, "--json", again, "--records", records).exit_code == 0
+    assert records.read_bytes() == whole
+    assert read_json(again) == read_json(ruler / "rows.json")
+
+
+def test_compare_names_the_subtask(run: Run, ruler: Path) -> None:
+    json = ruler / "comparisons.json"
+    arguments = ["--policy", "int4", "--versus", "pdtrim", "--json", json]
+    result = run("eval", "compare", ruler / "records.jsonl", *arguments)
+    assert result.exit_code == 0
+    assert {c["subtask"] for c in read_json(json)} == {"needle", "multi-value", "average"}
+    assert "not ranked: 200 tokens, needle: n = 11 is below 100" in result.stdout
+    assert "ruler, answers right %: int4 against others" in result.stdout
+    assert widest(result.stdout) <= TABLE_COLUMNS
+
+
+def test_records_of_several_tasks_are_compared_in_tables_of_their_own(
+    run: Run, ruler: Path, perplexity: Path
+) -> None:
+    files = [ruler / "records.jsonl", perplexity / "records.jsonl"]
+    result = run("eval", "compare", *files, "--policy", "raw", "--versus", "raw")
+    assert result.exit_code == 0
+    for task in ("ruler", "perplexity"):
+        assert f"{task}, KL to raw x1000: raw against others" in result.stdout
+
+
+def test_ruler_with_the_question_known_says_so(run: Run, tmp_path: Path) -> None:
+    arguments = ["--task", "needle", "--policy", "raw", "--json", tmp_path / "rows.json"]
+    result = run(*RULER, *arguments, "--query-aware")
+    assert result.exit_code == 0, result.output
+    assert all(row["query_aware"] for row in read_json(tmp_path / "rows.json"))
+    assert "ruler (query-aware): 200 tokens, needle, n = 11" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "sorting"], "unknown ruler task 'sorting'; known: needle, multi-key"),
+        (["--length", "1k"], "--length takes whole numbers such as 1024,2048, got '1k'"),
+        (["--length", "20"], "length 20 holds no text"),
+        (["--length", "9000"], "the model has 4096"),
+        (["--query-aware", "--importance", "norm"], "no question changes importance ['norm']"),
+        (["--haystack", "no-such-file"], "cannot read no-such-file"),
+    ],
+)
+def test_bad_settings_of_ruler_are_one_line(run: Run, arguments: list[str], said: str) -> None:
+    result = run(*RULER, *arguments)
+    assert result.exit_code == 2
+    assert said in failure(result)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 from kvprism.errors import BudgetTooSmall
 from kvprism.evaluate.arms import Arm, arms_of
 from kvprism.evaluate.measure import Outcome
-from kvprism.evaluate.records import Header, Record, header_of, record_of
+from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import Provenance
 
 ARMS = arms_of(["int4", "spectrum", "random-tiers", "sinks-recent"], ["0.3", "0.52"])
@@ -28,16 +28,22 @@ class Synthetic:
     n_documents: int = 40
     arms: Sequence[Arm] = ARMS
     seed: int = 0
-    cells: Sequence[tuple[int, int | None]] = ((1536, None),)
+    cells: Sequence[CellKey] = (CellKey(1536),)
     infeasible: Collection[int] = ()
     commit: str = "unknown"
     raw_exact: float = 1.0
+    query_aware: bool = False
     stop_after: int | None = None
     measured: list[str] = field(default_factory=list)
 
     @cached_property
     def header(self) -> Header:
-        configuration = {"arms": self.arms, "documents": self.n_documents, "cells": self.cells}
+        configuration = {
+            "arms": self.arms,
+            "documents": self.n_documents,
+            "cells": self.cells,
+            "query_aware": self.query_aware,
+        }
         found = Provenance(self.commit, {"python": "3"})
         return header_of(self.task, "tiny", self.seed, configuration, found)
 
@@ -55,7 +61,7 @@ class Synthetic:
                 for arm in self.arms:
                     if self.stop_after is not None and len(self.measured) > self.stop_after:
                         raise Interrupted
-                    yield record_of(document, *cell, arm, self.found(index, arm))
+                    yield record_of(document, cell, arm, self.found(index, arm))
 
     def found(self, index: int, arm: Arm) -> Outcome | BudgetTooSmall:
         if index in self.infeasible and (arm.policy, arm.budget) == ("spectrum", 0.3):
@@ -72,7 +78,8 @@ class Synthetic:
             resident_bytes=wire if drops else 1000,
             nll=300.0 * hardness + 100 * kl,
             targets=100,
-            exact=bool(rng.random() < self.raw_exact) and not drops,
+            answers=4,
+            right=1 if drops else 4 if rng.random() < self.raw_exact else 3,
             kl=tuple((kl * rng.uniform(0.5, 1.5, 20)).tolist()),
             flips=int(kl * 100),
         )

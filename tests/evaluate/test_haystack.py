@@ -1,25 +1,25 @@
 """Haystacks: exact lengths, needles where they should be, answers that only the context holds."""
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.haystack import (
-    KEYS,
-    TEMPLATES,
     NeedleCase,
+    ask,
     encode,
+    hide,
     hide_facts,
     needle_case,
     sentences,
 )
+from kvprism.evaluate.lexicon import HELD_OUT_WORDINGS, KEYS, WORDINGS, is_for_evaluation
 
 
 def text_of(tokenizer: Any, ids: np.ndarray) -> str:
@@ -29,20 +29,6 @@ def text_of(tokenizer: Any, ids: np.ndarray) -> str:
 @pytest.fixture(scope="module")
 def tokenizer(tiny: tuple[Any, Any]) -> Any:
     return tiny[1]
-
-
-@pytest.fixture(scope="module")
-def merging_tokenizer() -> Any:
-    """A tokenizer that joins a space with the digits after it, and has no begin-of-text token."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    rng = np.random.default_rng(0)
-    numbers = "".join(f" {rng.integers(10000, 99999)}" for _ in range(3000))
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([sentences(rng, 500), numbers], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
 @pytest.mark.parametrize("distractors", [0, 3])
@@ -104,7 +90,7 @@ def test_the_answer_is_found_where_a_space_joins_the_digits(merging_tokenizer: A
         assert (whole == encode(merging_tokenizer, f"{question.rstrip()} {case.value}")).all()
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*WORDINGS[1::5], *HELD_OUT_WORDINGS])
 def test_every_template_hides_and_asks(tokenizer: Any, template: str) -> None:
     case = needle_case(tokenizer, 256, 0.5, template=template)
     text = text_of(tokenizer, case.context_ids)
@@ -173,6 +159,60 @@ def test_the_same_seed_hides_the_same_facts(tokenizer: Any) -> None:
     first, second, other = (hide_facts(tokenizer, 400, 3, seed) for seed in (1, 1, 2))
     assert (first.context_ids == second.context_ids).all()
     assert (first.context_ids != other.context_ids).any()
+
+
+def test_values_are_those_that_no_model_was_trained_on(tokenizer: Any) -> None:
+    values = [needle_case(tokenizer, 128, 0.5, seed=seed).value for seed in range(20)]
+    values += [fact.value for fact in hide_facts(tokenizer, 600, 10).needles]
+    assert all(is_for_evaluation(value) for value in values)
+
+
+def test_facts_are_where_they_say_in_the_order_of_their_depths(tokenizer: Any) -> None:
+    rng = np.random.default_rng(0)
+    facts = [f" The mill of {key} is old ." for key in KEYS[:4]]
+    hidden = hide(tokenizer, 300, facts, [0.9, 0.2, 0.2, 0.0], rng)
+    assert len(hidden.context_ids) == 300
+    assert [text_of(tokenizer, hidden.context_ids[s]) for s in hidden.facts] == facts
+    last, second, third, first = (span.start for span in hidden.facts)
+    assert first < second < third < last
+    assert hidden.facts[1].stop == third  # facts of one place keep their order
+
+
+def test_no_facts_are_a_text_of_that_length(tokenizer: Any) -> None:
+    hidden = hide(tokenizer, 64, [], [], np.random.default_rng(0))
+    assert (len(hidden.context_ids), hidden.facts) == (64, ())
+
+
+@pytest.mark.parametrize(
+    "answers", [(" 01234", " 56789"), (" Oslo", " Rome", " 77777"), (" mill",)]
+)
+def test_questions_and_answers_are_parted_where_the_tokenizer_allows(
+    tokenizer: Any, merging_tokenizer: Any, answers: tuple[str, ...]
+) -> None:
+    for each in (tokenizer, merging_tokenizer):
+        asked = ask(each, " \n The mills of Oslo are", answers)
+        assert text_of(each, asked.ids) == " \n The mills of Oslo are" + "".join(answers)
+        assert [text_of(each, asked.ids[span]).strip() for span in asked.answers] == [
+            answer.strip() for answer in answers
+        ]
+        assert asked.answers[-1].stop == len(asked.ids)
+        assert all(a.stop == b.start for a, b in pairwise(asked.answers))
+
+
+def test_a_space_of_its_own_belongs_to_the_question_and_to_the_second_answer(
+    tokenizer: Any, merging_tokenizer: Any
+) -> None:
+    def parts(each: Any) -> list[str]:
+        asked = ask(each, " The number is", (" 01234", " 56789"))
+        return [text_of(each, asked.ids[span]) for span in asked.answers]
+
+    assert parts(tokenizer) == ["01234", " 56789"]
+    assert parts(merging_tokenizer) == [" 01234", " 56789"]
+
+
+def test_an_answer_that_is_merged_with_its_question_is_refused(merging_tokenizer: Any) -> None:
+    with pytest.raises(BadInput, match="merges the answer 'tle' with what comes before it"):
+        ask(merging_tokenizer, " The cas", ("tle",))
 
 
 @pytest.mark.parametrize("n_facts", [0, 61])

@@ -11,15 +11,25 @@ import torch
 from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.arms import Arm, arms_of, through_the_wire
 from kvprism.evaluate.haystack import generated_ids, needle_case
-from kvprism.evaluate.measure import Case, LoadedModel, Outcome, continue_on, divergence, measure
+from kvprism.evaluate.measure import (
+    Case,
+    LoadedModel,
+    Outcome,
+    asked_about,
+    continue_on,
+    divergence,
+    measure,
+)
 from kvprism.evaluate.needle import case_of
+from kvprism.evaluate.ruler import Ruler, RulerId
 from kvprism.integrations.hf import capture
+from kvprism.score import window_attention
 
 
 @pytest.fixture(scope="module")
 def case(subject: LoadedModel) -> Case:
     ids = torch.from_numpy(generated_ids(subject.tokenizer, 460, np.random.default_rng(0))[:460])
-    return Case(ids[:395], ids[395:-1], ids[396:])
+    return Case(ids[:395], ids[395:], (slice(1, 65),))
 
 
 def outcomes(subject: LoadedModel, case: Case, arms: tuple[Arm, ...]) -> dict[str, Any]:
@@ -66,9 +76,10 @@ def test_raw_figures_are_those_of_the_model_alone(subject: LoadedModel, case: Ca
         logits = subject.model(torch.cat([case.context, case.fed])[None]).logits[
             0, -len(case.fed) :
         ]
-    expected = torch.nn.functional.cross_entropy(logits.double(), case.targets, reduction="sum")
+    targets = case.continuation[1:]
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum")
     assert outcome.nll == pytest.approx(expected.item(), rel=1e-5)
-    assert outcome.targets == len(case.targets) == len(outcome.kl)
+    assert outcome.targets == len(targets) == len(outcome.kl)
 
 
 def test_exact_match_is_what_greedy_decoding_gives(subject: LoadedModel) -> None:
@@ -93,6 +104,65 @@ def greedy(model: Any, kv: Any, question: np.ndarray, n: int) -> list[int]:
     for _ in range(n):
         fed.append(int(continue_on(model, kv, torch.tensor(fed))[-1].argmax()))
     return fed[-n:]
+
+
+def test_every_answer_is_judged_by_what_greedy_decoding_makes_of_it(subject: LoadedModel) -> None:
+    """After the right answers to what comes before it: some are right, and without cache none."""
+    arms = arms_of(["raw", "random-drop"], ["0.1"])
+    task = Ruler(subject, arms, lengths=(256,), subtasks=["copying"])
+    case = task.case(RulerId(256, "copying", 10)).case
+    kv, view = capture(subject.model, case.context, cache_dtype=torch.bfloat16)
+    seen = set()
+    for arm, outcome in measure(subject.model, case, arms):
+        restored, _ = through_the_wire(kv, view, arm)
+        found = []
+        for answer in case.answers:
+            before, expected = case.continuation[: answer.start], case.continuation[answer]
+            answered = greedy(subject.model, restored, before.numpy(), len(expected))
+            found.append(answered == expected.tolist())
+        assert isinstance(outcome, Outcome)
+        assert (outcome.answers, outcome.right) == (17, sum(found))
+        assert outcome.targets == sum(answer.stop - answer.start for answer in case.answers)
+        assert outcome.exact == all(found)
+        seen |= set(found)
+    assert seen == {True, False}
+
+
+def question_case(subject: LoadedModel) -> Case:
+    task = Ruler(subject, arms_of(["raw"], []), lengths=(400,), subtasks=["multi-key"])
+    return task.case(RulerId(400, "multi-key", 3)).case
+
+
+def test_a_known_question_changes_the_plans_that_rank_by_attention_and_nothing_else(
+    subject: LoadedModel,
+) -> None:
+    case = question_case(subject)
+    arms = arms_of(["raw", "int4", "random-tiers", "spectrum", "spectrum-2tier"], ["0.3"])
+    blind, aware = (
+        {arm.policy: found for arm, found in measure(subject.model, case, arms, query_aware=known)}
+        for known in (False, True)
+    )
+    assert {policy for policy in blind if blind[policy] != aware[policy]} == {
+        "spectrum",
+        "spectrum-2tier",
+    }
+
+
+def test_the_question_looks_at_the_context_alone_and_at_all_of_it(subject: LoadedModel) -> None:
+    """Softmax over the context of the queries that the model itself has after it."""
+    case = question_case(subject)
+    _, view = capture(subject.model, case.context)
+    _, whole = capture(
+        subject.model, torch.cat([case.context, case.question]), window=len(case.question)
+    )
+    for layer, after, own in zip(asked_about(subject.model, case, view), whole, view, strict=True):
+        assert layer.kv is own.kv
+        keys = own.kv.components["k"]
+        assert after.queries is not None
+        groups = after.queries.unflatten(0, (len(keys), -1))
+        logits = torch.einsum("hgwc,htc->hgwt", groups, keys) * layer.softmax_scale
+        expected = logits.softmax(dim=-1).mean(dim=(1, 2))
+        assert torch.allclose(window_attention(layer), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_divergence_is_that_of_the_definition() -> None:

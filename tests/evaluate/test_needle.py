@@ -40,9 +40,10 @@ def test_question_and_answer_are_fed_but_for_the_last_token(subject: LoadedModel
     needle = Needle(subject, RAW, lengths=(128,)).needle(NeedleId(128, 0, 0))
     case = case_of(needle)
     assert len(case.context) == 128
-    assert case.targets.tolist() == needle.answer_ids.tolist()
-    fed = torch.cat([case.fed, case.targets[-1:]]).tolist()
-    assert fed == [*needle.question_ids.tolist(), *needle.answer_ids.tolist()]
+    [answer] = case.answers
+    assert case.continuation[answer].tolist() == needle.answer_ids.tolist()
+    assert case.question.tolist() == needle.question_ids.tolist()
+    assert torch.equal(torch.cat([case.fed, case.continuation[-1:]]), case.continuation)
 
 
 def test_the_built_in_model_finds_needles_in_our_own_haystacks(subject: LoadedModel) -> None:
@@ -62,7 +63,7 @@ def test_a_haystack_of_ones_own(subject: LoadedModel, text_file: Path, tmp_path:
     settings: dict[str, Any] = {"lengths": (200,), "depths": 2, "trials": 1, "distractors": (1,)}
     task = Needle(subject, RAW, haystack=text_file, **settings)
     [first, _] = collect(task, tmp_path / "records").records
-    assert (first.length, first.distractors) == (200, 1)
+    assert first.cell == (200, 1, None)
     own = Needle(subject, RAW, **settings)
     assert own.header.digest != task.header.digest
     with pytest.raises(BadInput, match="haystack: "):

@@ -25,7 +25,7 @@ def task(subject: LoadedModel, text_file: Path) -> Perplexity:
 
 def test_documents_do_not_overlap_and_reach_over_the_text(task: Perplexity) -> None:
     cases = [task.case(i) for i in range(4)]
-    whole = [torch.cat([case.context, case.fed, case.targets[-1:]]) for case in cases]
+    whole = [torch.cat([case.context, case.continuation]) for case in cases]
     assert all(len(ids) == 250 and ids[0] == 0 for ids in whole)
     text = torch.tensor(task.subject.tokenizer.encode(task.text.read_text()))
     starts = [
@@ -40,8 +40,8 @@ def test_documents_do_not_overlap_and_reach_over_the_text(task: Perplexity) -> N
 def test_the_last_context_token_is_computed_again_on_the_decode_side(task: Perplexity) -> None:
     case = task.case(1)
     assert len(case.context) == 199
-    assert len(case.fed) == len(case.targets) == 50
-    assert torch.equal(case.fed[1:], case.targets[:-1])
+    assert len(case.continuation) == 51
+    assert case.answers == (slice(1, 51),)
 
 
 def test_from_text_to_rows(task: Perplexity, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_finished_run_measures_nothing_more(tmp_path: Path) -> None:
     "change, difference",
     [
         ({"seed": 1}, "seed: 0, now 1"),
-        ({"arms": ARMS[:2]}, "arms: "),
+        ({"arms": ARMS[:2]}, r"arms\.2: .*random|arms\.2: .*spectrum"),
         ({"n_documents": 6}, "documents: 5, now 6"),
         ({"commit": "abc"}, "commit: unknown, now abc"),
         ({"task": "needle"}, "task: perplexity, now needle"),
@@ -88,6 +88,29 @@ def test_records_of_another_run_are_refused_and_kept(
     ):
         collect(fresh(**change), path)
     assert path.read_bytes() == before
+
+
+def test_only_what_differs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    collect(TASK, path)
+    arms = (*ARMS[:2], replace(ARMS[2], budget=0.35), *ARMS[3:])
+    with pytest.raises(BadInput, match=r"\(arms\.2\.budget: 0\.3, now 0\.35\)"):
+        collect(fresh(arms=arms), path)
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    collect(TASK, path)
+    with pytest.raises(BadInput, match=r"task: .*; seed: 0, now 1; .*; and [0-9]+ more\)"):
+        collect(fresh(task="needle", seed=1, arms=ARMS[:1], commit="abc"), path)
+
+
+def test_records_of_an_earlier_format_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    collect(TASK, path)
+    path.write_bytes(path.read_bytes().replace(b"kvprism-records/2", b"kvprism-records/1"))
+    with pytest.raises(BadInput, match="is of format 'kvprism-records/1', expected 'kvprism-rec"):
+        load_records(path)
 
 
 @pytest.mark.parametrize("contents", [b"", b"[]", b'{"a": 1}\n', b"\xff\n", b"my notes\n"])

@@ -14,6 +14,7 @@ import pytest
 from kvprism.errors import BadInput
 from kvprism.evaluate.rows import Row, provenance, read_rows, write_rows
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 ROW = Row(
     task="perplexity",
     model="tiny",
@@ -55,9 +56,25 @@ def test_a_row_has_the_contracts_keys(tmp_path: Path) -> None:
     [row] = json.loads((tmp_path / "rows.json").read_text())
     contract = """task model policy budget metric value baseline delta ci_low ci_high n
         wire_bytes reference_bytes fraction fraction_native resident_bytes length distractors seed
-        commit versions reason codec importance fixed_rate wire_only"""
+        commit versions reason codec importance fixed_rate wire_only subtask query_aware"""
     assert set(row) == set(contract.split())
     assert row["budget"] is row["reason"] is None
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_the_rows_of_this_repository_are_still_read(path: Path) -> None:
+    if "compare" in path.name:
+        pytest.skip("comparisons, not rows")
+    assert read_rows(path)
+
+
+def test_rows_of_before_there_were_subtasks_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    write_rows(path, [ROW])
+    [row] = json.loads(path.read_text())
+    del row["subtask"], row["query_aware"]
+    path.write_text(json.dumps([row]))
+    assert read_rows(path) == [ROW]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.stats import (
+    Average,
     Quantile,
     Ratio,
     bootstrap_weights,
@@ -33,6 +34,13 @@ def test_the_same_seed_draws_the_same_resamples() -> None:
 def test_a_ratio_pools_before_it_divides() -> None:
     ratio = Ratio(np.array([1.0, 9.0]), np.array([1.0, 3.0]))
     assert ratio(np.array([[1, 1], [2, 0], [0, 2]])).tolist() == [2.5, 1.0, 3.0]
+
+
+def test_an_average_gives_each_sample_its_own_documents() -> None:
+    parts = [Ratio(np.array(values), np.ones(len(values))) for values in ([1.0, 3.0], [10.0])]
+    average = Average(parts)
+    assert average.n_documents == 3
+    assert average(np.array([[1, 1, 1], [2, 0, 1], [0, 2, 1]])).tolist() == [6.0, 5.5, 6.5]
 
 
 def test_perplexity_is_the_exponential_of_nll_per_token() -> None:

@@ -3,15 +3,17 @@
 import math
 
 import pytest
+from msgspec.structs import replace
 from synthetic import ARMS, KL, Synthetic
 
 from kvprism.errors import BadInput
-from kvprism.evaluate.records import Records, collect
+from kvprism.evaluate.records import CellKey, Record, Records, collect
 from kvprism.evaluate.rows import Row
 from kvprism.evaluate.stats import holm
 from kvprism.evaluate.summary import Comparison, compare, rows_of
 
-NEEDLE_CELLS = ((1024, 0), (2048, 3))
+NEEDLE_CELLS = (CellKey(1024, 0), CellKey(2048, 3))
+RULER_CELLS = tuple(CellKey(1024, None, name) for name in ("needle", "copying"))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +40,95 @@ def test_one_row_per_arm_and_metric(rows: list[Row]) -> None:
 
 def test_needle_cells_have_rows_of_their_own() -> None:
     rows = rows_of(collect(Synthetic(task="needle", cells=NEEDLE_CELLS, n_documents=10)))
-    assert {(r.length, r.distractors) for r in rows} == set(NEEDLE_CELLS)
+    assert {CellKey(r.length, r.distractors) for r in rows} == set(NEEDLE_CELLS)
     assert {r.metric for r in rows} == {"exact_match", "digit_nll", "kl_mean"}
     assert len(rows) == 2 * len(ARMS) * 3
+
+
+@pytest.fixture(scope="module")
+def suite() -> Records:
+    """The second subtask is the harder one: of its NLL every arm has twice as much."""
+    found = collect(Synthetic(task="ruler", cells=RULER_CELLS, raw_exact=0.5))
+    return Records(found.header, [harder(record) for record in found.records])
+
+
+def harder(record: Record) -> Record:
+    if record.cell.subtask != "copying" or record.outcome is None:
+        return record
+    outcome = replace(record.outcome, nll=2 * record.outcome.nll)
+    return replace(record, outcome=outcome)
+
+
+def test_subtasks_have_rows_of_their_own_and_an_average(suite: Records) -> None:
+    rows = rows_of(suite)
+    metrics = ["exact_match", "answers_right", "answer_nll", "kl_mean", "top1_flips_per_1000"]
+    assert [(r.subtask, r.policy, r.budget, r.metric) for r in rows] == [
+        (subtask, arm.policy, arm.budget, metric)
+        for subtask in ("needle", "copying", "average")
+        for arm in ARMS
+        for metric in metrics
+    ]
+    assert [row.n for row in rows if row.metric == "kl_mean"] == [
+        *[40] * (2 * len(ARMS)),
+        *[80] * len(ARMS),
+    ]
+
+
+def test_the_average_counts_every_subtask_the_same(suite: Records) -> None:
+    cut = Records(suite.header, [r for r in suite.records if not thinned(r)])
+    first, second, average = (
+        r for r in rows_of(cut) if (r.policy, r.metric) == ("int4", "answer_nll")
+    )
+    assert (first.n, second.n, average.n) == (40, 10, 50)
+    assert first.value and second.value and average.value
+    assert average.value == pytest.approx((first.value + second.value) / 2)
+    assert first.ci_low and first.ci_high and average.ci_low and average.ci_high
+
+
+def thinned(record: Record) -> bool:
+    return record.cell.subtask == "copying" and int(record.document.rsplit("/")[-1]) >= 10
+
+
+def test_the_average_resamples_each_subtask_apart(suite: Records) -> None:
+    """Its variance is that of a mean of independent figures."""
+    first, second, average = (
+        r for r in rows_of(suite) if (r.policy, r.metric) == ("int4", "kl_mean")
+    )
+    widths = [row.ci_high - row.ci_low for row in (first, second, average)]  # type: ignore[operator]
+    assert widths[2] == pytest.approx(math.hypot(*widths[:2]) / 2, rel=0.05)
+
+
+def test_one_subtask_has_no_average() -> None:
+    rows = rows_of(collect(Synthetic(task="ruler", cells=RULER_CELLS[:1], n_documents=3)))
+    assert {row.subtask for row in rows} == {"needle"}
+
+
+def test_a_partly_right_answer_counts_in_part(suite: Records) -> None:
+    rows = {(r.subtask, r.policy, r.metric): r for r in rows_of(suite)}
+    exact, right = (rows["needle", "int4", m].value for m in ("exact_match", "answers_right"))
+    assert exact is not None and right is not None
+    assert right == pytest.approx(exact + (1 - exact) * 3 / 4)
+    assert rows["needle", "sinks-recent", "answers_right"].value == 1 / 4
+
+
+def test_a_known_question_is_said_in_rows_and_comparisons() -> None:
+    for known in (False, True):
+        task = Synthetic(task="ruler", cells=RULER_CELLS, n_documents=3, query_aware=known)
+        found = collect(task)
+        assert {row.query_aware for row in rows_of(found)} == {known}
+        comparisons = compare(found, "spectrum", ["int4"])
+        assert {c.query_aware for c in comparisons} == {known}
+        assert {c.subtask for c in comparisons} == {"needle", "copying", "average"}
+
+
+def test_the_average_ranks_by_its_smallest_part_and_its_own_exact_match(suite: Records) -> None:
+    for n, raw_exact, why in [(120, 1.0, None), (60, 1.0, "n = 60"), (120, 0.8, "raw exact")]:
+        task = Synthetic(
+            task="ruler", cells=RULER_CELLS, n_documents=n, raw_exact=raw_exact, arms=ARMS[:2]
+        )
+        for comparison in compare(collect(task), "int4", ["raw"]):
+            assert (comparison.not_ranked or "").startswith(why or "")
+            assert (comparison.not_ranked is None) == (why is None)
 
 
 def test_raw_is_its_own_baseline(rows: list[Row]) -> None:
@@ -163,7 +251,7 @@ def test_an_infeasible_arm_has_no_comparison_but_a_reason() -> None:
 )
 def test_cells_that_cannot_rank_say_so(n_documents: int, raw_exact: float, why: str | None) -> None:
     task = Synthetic(
-        task="needle", cells=((1024, 0),), n_documents=n_documents, raw_exact=raw_exact
+        task="needle", cells=NEEDLE_CELLS[:1], n_documents=n_documents, raw_exact=raw_exact
     )
     for comparison in compare(collect(task), "spectrum", ["sinks-recent"]):
         assert (comparison.not_ranked or "").startswith(why or "")

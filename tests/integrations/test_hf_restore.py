@@ -10,6 +10,7 @@ import weakref
 import pytest
 import recompute
 import torch
+from configs import FULL
 from samples import N_PROMPT, drop, kept_of, remove, tokens
 from transformers import DynamicCache
 
@@ -19,13 +20,8 @@ from kvprism.tensors import LayerKV, RequestKV
 
 ATOL = 1e-4  # of logits in float32: the project's definition of "dropping equals masked attention"
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def recomputed(model, kv: RequestKV, prompt: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, after, vocabulary]` of a full recompute, without what each layer dropped."""
-    ids = torch.cat([prompt, after], dim=1)[0]
-    masks = recompute.masks_after_dropping(kept_of(kv), prompt.shape[1], len(ids))
-    return recompute.logits(model, ids, masks)[None, prompt.shape[1] :]
+# A full sliding window has let go of what an earlier position would see: no crop in these.
+without_windows = pytest.mark.parametrize("name", ["tiny", *FULL])
 
 
 # Identity: bit-equal to the same calls without kvprism
@@ -61,11 +57,20 @@ def test_greedy_generation_is_equal_to_plain_transformers(checkpoints, name, att
     assert torch.equal(model.generate(longer, past_key_values=cache, **options), want)
 
 
+@without_windows
 def test_generation_from_the_prompt_alone_recomputes_its_last_position(model):
     prompt, options = tokens(N_PROMPT), {"max_new_tokens": 6, "do_sample": False}
     want = model.generate(prompt, **options)
     cache = hf.restore(model, hf.capture(model, prompt)[0])
     cache.crop(-1)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+
+
+def test_a_prompt_captured_without_its_last_token_is_generated_from_at_once(model):
+    prompt, options = tokens(N_PROMPT), {"max_new_tokens": 6, "do_sample": False}
+    plain = model(prompt[:, :-1], use_cache=True).past_key_values
+    want = model.generate(prompt, past_key_values=plain, **options)
+    cache = hf.restore(model, hf.capture(model, prompt[:, :-1])[0])
     assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
 
 
@@ -106,12 +111,12 @@ def test_dropping_equals_masking_each_layer_for_itself(model, attention, n_new):
     complete, _ = hf.capture(model, prompt)
     kv = drop(complete)
     assert len({len(positions) for positions in kept_of(kv)}) == len(kv.layers)
-    want = recomputed(model, kv, prompt, after)
+    want = recompute.after_dropping(model, kept_of(kv), prompt, after)
     cache = hf.restore(model, kv)
     first = model(after[:, :n_new], past_key_values=cache).logits
     second = model(after[:, n_new:], past_key_values=cache).logits  # the cache goes on being right
     torch.testing.assert_close(torch.cat([first, second], 1), want, atol=ATOL, rtol=0)
-    without_drops = recomputed(model, complete, prompt, after)
+    without_drops = recompute.after_dropping(model, kept_of(complete), prompt, after)
     assert (want - without_drops).abs().max() > 100 * ATOL  # or this test could not fail
 
 
@@ -122,7 +127,9 @@ def test_a_layer_that_lost_every_token_attends_to_the_new_ones_only(model):
     empty = LayerKV(1, rows, complete.layers[1].positions[:0])
     kv = RequestKV((complete.layers[0], empty, *complete.layers[2:]), complete.next_position)
     got = model(after, past_key_values=hf.restore(model, kv)).logits
-    torch.testing.assert_close(got, recomputed(model, kv, prompt, after), atol=ATOL, rtol=0)
+    torch.testing.assert_close(
+        got, recompute.after_dropping(model, kept_of(kv), prompt, after), atol=ATOL, rtol=0
+    )
 
 
 def test_a_padding_mask_of_the_true_length_is_honoured_after_dropping(model, attention):
@@ -135,33 +142,45 @@ def test_a_padding_mask_of_the_true_length_is_honoured_after_dropping(model, att
     cache = hf.restore(model, kv)
     got = model(after, past_key_values=cache, attention_mask=visible).logits
     without = RequestKV(tuple(remove(layer, hidden) for layer in kv.layers), kv.next_position)
-    torch.testing.assert_close(got, recomputed(model, without, prompt, after), atol=ATOL, rtol=0)
+    torch.testing.assert_close(
+        got, recompute.after_dropping(model, kept_of(without), prompt, after), atol=ATOL, rtol=0
+    )
 
 
-@pytest.mark.parametrize("n_question", [0, 7])
-def test_generation_after_dropping_goes_on_at_the_true_next_position(model, attention, n_question):
-    model.set_attn_implementation(attention)
-    prompt, question = tokens(N_PROMPT), tokens(n_question, 6)
-    kv = drop(hf.capture(model, prompt)[0])
-    whole = torch.cat([prompt, question], dim=1)
+def check_generation(model, kv: RequestKV, whole: torch.Tensor, n_back: int) -> None:
+    """Greedy tokens after `whole` are those of single steps, and those of a masked recompute."""
     cache, stepped = hf.restore(model, kv), hf.restore(model, kv)
-    if not n_question:
-        cache.crop(-1)
-        stepped.crop(-1)
+    for each in (cache, stepped):
+        each.crop(-n_back)
     out = model.generate(whole, past_key_values=cache, max_new_tokens=6, do_sample=False)
     start = stepped.get_seq_length()
-    assert start == N_PROMPT - (n_question == 0)
+    assert start == N_PROMPT - n_back
     for position in range(start, out.shape[1] - 1):
         here = torch.tensor([[position]])
         step = model(out[:, [position]], past_key_values=stepped, position_ids=here)
         if position >= whole.shape[1] - 1:
             assert int(step.logits.argmax()) == int(out[0, position + 1])
     kept = [positions[positions < start] for positions in kept_of(kv)]
-    masks = recompute.masks_after_dropping(kept, start, out.shape[1])
+    masks = recompute.masks_after_dropping(model, kept, start, out.shape[1])
     want = recompute.logits(model, out[0], masks)[whole.shape[1] - 1 : -1].argmax(-1)
     assert torch.equal(out[0, whole.shape[1] :], want)
 
 
+def test_generation_after_dropping_goes_on_at_the_true_next_position(model, attention):
+    model.set_attn_implementation(attention)
+    prompt = tokens(N_PROMPT)
+    kv = drop(hf.capture(model, prompt)[0])
+    check_generation(model, kv, torch.cat([prompt, tokens(7, 6)], dim=1), n_back=0)
+
+
+@without_windows
+def test_generation_after_dropping_goes_on_from_the_prompt_alone(model, attention):
+    model.set_attn_implementation(attention)
+    kv = drop(hf.capture(model, tokens(N_PROMPT))[0])
+    check_generation(model, kv, tokens(N_PROMPT), n_back=1)
+
+
+@without_windows  # transformers' own sliding layers count keys, not positions
 def test_equal_drops_in_all_layers_equal_a_shortened_plain_cache_with_explicit_positions(model):
     kv, _ = hf.capture(model, tokens(N_PROMPT))
     for position in (3, 17, 59):
@@ -224,9 +243,7 @@ def test_crop_counts_positions_whether_they_were_kept_or_not(llama):
     kept = [positions[positions < N_PROMPT - 25] for positions in kept_of(kv)]
     assert [layer.keys.shape[2] for layer in cache.layers] == [len(positions) for positions in kept]
     after = tokens(6, 5)
-    ids = torch.cat([prompt[:, :-25], after], dim=1)[0]
-    masks = recompute.masks_after_dropping(kept, N_PROMPT - 25, len(ids))
-    want = recompute.logits(llama, ids, masks)[None, N_PROMPT - 25 :]
+    want = recompute.after_dropping(llama, kept, prompt[:, :-25], after)
     got = llama(after, past_key_values=cache).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
     for amount in (1, -(N_PROMPT + 1)):

@@ -15,16 +15,16 @@ from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.perplexity import Perplexity, read_text
 from kvprism.evaluate.records import Task, collect, load_records
 from kvprism.evaluate.rows import Row, write_rows
+from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.policies import PlanOptions
 
 
 class Heading(NamedTuple):
-    """How a metric is shown: its name, and the scale and unit of its values and of its changes."""
+    """How a metric is shown: its name, the scale of its values, scale and unit of its changes."""
 
     text: str
     scale: float = 1
-    unit: str = ""
     change_scale: float = 1
     change_unit: str = ""
 
@@ -42,13 +42,15 @@ def _signed(value: float) -> str:
 
 HEADINGS = {
     "perplexity": Heading("perplexity", change_scale=100, change_unit=" %"),
-    "kl_mean": Heading("KL to raw x1000", 1000, change_scale=1000),
-    "kl_p99": Heading("KL p99 x1000", 1000, change_scale=1000),
+    "kl_mean": Heading("KL to raw x1000", 1000, 1000),
+    "kl_p99": Heading("KL p99 x1000", 1000, 1000),
     "top1_flips_per_1000": Heading("top-1 flips /1000"),
-    "exact_match": Heading("exact match", 100, " %", 100, " points"),
+    "exact_match": Heading("exact match %", 100, 100),
     "digit_nll": Heading("digit NLL"),
+    "answers_right": Heading("answers right %", 100, 100),
+    "answer_nll": Heading("answer NLL"),
 }
-HIGHER_IS_BETTER = {"exact_match"}
+HIGHER_IS_BETTER = {"exact_match", "answers_right"}
 SIGNIFICANT = 0.05
 
 
@@ -95,6 +97,15 @@ def run_needle(model: str, **settings: Any) -> Needle:
         return Needle(LoadedModel.load(model), **settings)
 
 
+def run_ruler(model: str, tasks: str | None, **settings: Any) -> Ruler:
+    """The task that `kvprism eval ruler` asks for; tasks: names with commas between them."""
+    names = list(SUBTASKS) if tasks is None else [name.strip() for name in tasks.split(",")]
+    for name in names:  # an unknown one is found before the model is loaded
+        SUBTASKS[name]
+    with console.status(f"loading {model}"):
+        return Ruler(LoadedModel.load(model), subtasks=names, **settings)
+
+
 def measure_and_show(task: Task, records: Path | None, json: Path | None) -> None:
     """Measure what is missing, print a table per cell, and write the rows."""
     with console.progress(f"{task.header.task} on {task.header.model}") as advance:
@@ -106,13 +117,11 @@ def measure_and_show(task: Task, records: Path | None, json: Path | None) -> Non
 
 
 def show_rows(rows: Sequence[Row]) -> None:
-    """One table per (length, distractors): an arm a line, intervals below its figures."""
-    for (length, distractors), cell in groupby(rows, lambda r: (r.length, r.distractors)):
-        arms = [list(arm) for _, arm in groupby(cell, lambda r: (r.policy, r.budget, r.codec))]
+    """One table per cell: an arm a line, intervals below its figures."""
+    for cell, group in groupby(rows, _cell):
+        arms = [list(arm) for _, arm in groupby(group, lambda r: (r.policy, r.budget, r.codec))]
         first = arms[0][0]
-        title = f"{first.task}: {length} tokens, n = {first.n}"
-        if distractors is not None:
-            title += f", {distractors} distractors"
+        title = f"{first.task}{_protocol(first)}: {cell}, n = {first.n}"
         columns = ["arm", "of 16-bit", *(HEADINGS[row.metric].text for row in arms[0])]
         measured = [arm for arm in arms if arm[0].value is not None]
         console.table(title, columns, map(_line, measured))
@@ -120,6 +129,17 @@ def show_rows(rows: Sequence[Row]) -> None:
             if arm[0].value is None:
                 console.say(f"{_name(arm[0])}: infeasible, {arm[0].reason}")
     console.say("Below each figure: the 95 % interval of its change from raw, by document.")
+
+
+def _cell(figure: Row | Comparison) -> str:
+    cell = f"{figure.length} tokens"
+    if figure.distractors is not None:
+        cell += f", {figure.distractors} distractors"
+    return cell if figure.subtask is None else f"{cell}, {figure.subtask}"
+
+
+def _protocol(figure: Row | Comparison) -> str:
+    return " (query-aware)" if figure.query_aware else ""
 
 
 def _line(arm: list[Row]) -> list[str]:
@@ -137,24 +157,39 @@ def _figure(row: Row) -> str:
     """A value, and below it the interval of its change from raw."""
     assert row.value is not None and row.ci_low is not None and row.ci_high is not None
     heading = HEADINGS[row.metric]
-    value = f"{heading.scale * row.value:.4g}{heading.unit}"
+    value = f"{heading.scale * row.value:.4g}"
     if row.policy == RAW:
         return value
     return f"{value}\n{heading.interval(row.ci_low, row.ci_high)}{heading.change_unit}"
 
 
 def show_comparisons(comparisons: Sequence[Comparison]) -> None:
-    """One table per metric: a policy against others on the same documents."""
-    for metric, found in groupby(comparisons, lambda c: c.metric):
+    """One table per task and metric: a policy against others on the same documents."""
+    for _, found in groupby(comparisons, _table):
         group = list(found)
-        cell = ["tokens"] if group[0].distractors is None else ["tokens", "distractors"]
-        columns = ["at", "from", "of 16-bit", *cell, "n", "difference", "95 % interval", "Holm p"]
-        title = f"{HEADINGS[metric].text}: {group[0].policy} against others, paired by document"
+        first = group[0]
+        parts = [name for name, _ in _parts(first)]
+        columns = ["at", "from", "of 16-bit", *parts, "n", "difference", "95 % interval", "Holm p"]
+        title = (
+            f"{first.task}{_protocol(first)}, {HEADINGS[first.metric].text}: {first.policy} "
+            "against others, paired by document"
+        )
         measured = [comparison for comparison in group if comparison.delta is not None]
         console.table(title, [*columns, "verdict"], map(_comparison_line, measured))
     console.say(f"A verdict needs a Holm-adjusted p below {SIGNIFICANT} in its table.")
     for note in dict.fromkeys(note for c in comparisons for note in _notes(c)):
         console.say(note)
+
+
+def _table(c: Comparison) -> tuple[str, bool, int]:
+    """What a table of comparisons has in common; in the order of the tables."""
+    return c.task, c.query_aware, list(HEADINGS).index(c.metric)
+
+
+def _parts(c: Comparison) -> list[tuple[str, str]]:
+    """Columns that say which cell it is."""
+    parts = [("tokens", c.length), ("distractors", c.distractors), ("subtask", c.subtask)]
+    return [(name, str(part)) for name, part in parts if part is not None]
 
 
 def _comparison_line(c: Comparison) -> list[str]:
@@ -164,7 +199,7 @@ def _comparison_line(c: Comparison) -> list[str]:
         "fixed" if c.budget is None else str(c.budget),
         _versus(c),
         "" if c.versus_fraction is None else console.percent(c.versus_fraction),
-        *map(str, [c.length] if c.distractors is None else [c.length, c.distractors]),
+        *(part for _, part in _parts(c)),
         str(c.n),
         heading.change(c.delta),
         heading.interval(c.ci_low, c.ci_high),
@@ -187,13 +222,10 @@ def _verdict(c: Comparison) -> str:
 
 
 def _notes(c: Comparison) -> Iterator[str]:
-    cell = f"{c.length} tokens" + (
-        "" if c.distractors is None else f", {c.distractors} distractors"
-    )
     if c.not_ranked:
-        yield f"not ranked: {cell}: {c.not_ranked}"
+        yield f"not ranked: {_cell(c)}: {c.not_ranked}"
     if c.reason:
-        yield f"infeasible: {cell}: {c.policy} {c.budget} from {_versus(c)}: {c.reason}"
+        yield f"infeasible: {_cell(c)}: {c.policy} {c.budget} from {_versus(c)}: {c.reason}"
 
 
 def compare_and_show(
@@ -201,6 +233,6 @@ def compare_and_show(
 ) -> None:
     """Paired differences from record files."""
     found = [c for path in records for c in compare(load_records(path), policy, versus)]
-    found.sort(key=lambda c: list(HEADINGS).index(c.metric))
+    found.sort(key=_table)
     show_comparisons(found)
     console.write_json(json, msgspec.to_builtins(found))

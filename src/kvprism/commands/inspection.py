@@ -70,7 +70,7 @@ def _take_census(stream: bytes) -> tuple[Offer, _Census]:
 
 def _described(path: Path, nbytes: int, offer: Offer, census: _Census) -> dict[str, Any]:
     shape = offered_shape(offer)
-    first = shape.layers[0]
+    first = max(shape.layers, key=lambda layer: layer.n_tokens)
     return {
         "kind": "stream",
         "file": str(path),
@@ -86,7 +86,7 @@ def _described(path: Path, nbytes: int, offer: Offer, census: _Census) -> dict[s
         "layers": len(shape.layers),
         "components": [component._asdict() for component in first.components],
         "dtype": first.dtype,
-        "token_range": list(first.token_range),
+        "token_range": list(first.token_range),  # of the first layer that is not cut to a window
         "next_position": shape.next_position,
         "manifests": census.manifests,
         "rows_per_tier": {

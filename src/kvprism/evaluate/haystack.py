@@ -1,35 +1,25 @@
-"""Needles in a haystack: the project's own text, from a seeded generator. No torch here.
+"""Facts in a haystack: the project's own text, from a seeded generator. No torch here.
 
 The filler is plain statements in the manner of tokenised WikiText (a space around every mark),
-built from a small grammar with invented places and people. The keys are cities that the built-in
-models never saw as keys, the values five random digits, so that an answer can only come from the
-context.
+built from a small grammar with invented places and people. Keys and values are the evaluation's
+(`lexicon`), so that an answer can only come from the context.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.errors import BadInput
+from kvprism.evaluate.lexicon import EVALUATION, KEYS, WORDINGS, draw
 
 Ids = NDArray[np.int64]
-
-TEMPLATES = (
-    " The secret number of {key} is {value} .",
-    " The magic code for {key} is {value} .",
-    " {key} has the access key {value} .",
-)
-VALUE_DIGITS = 5
+NEW_LINE = " \n"
 
 _WORDS = {
-    "key": """Lisbon Madrid Vienna Oslo Helsinki Dublin Warsaw Athens Cairo Nairobi Lagos Accra
-        Tunis Lima Quito Bogota Havana Caracas Santiago Denver Boston Seattle Dallas Houston
-        Phoenix Atlanta Chicago Toronto Montreal Vancouver Sydney Perth Delhi Mumbai Karachi Dhaka
-        Bangkok Hanoi Manila Jakarta Seoul Tokyo Osaka Kyoto Beijing Shanghai Moscow Kiev Minsk
-        Riga Prague Berlin Munich Hamburg Zurich Geneva Milan Naples Venice Turin""",
     "place": """Harwick Ellerton Brenford Coldmere Ashby Thornley Marlow Westholm Dunmore Kirkwall
         Stanfield Oakhaven Redcliff Larkhill Penrose Greywater Millbrook Fairmont Langdale Norwood
         Silverton Hartwell Eastcombe Wexmoor Rosedale Blackmoor Caldwell Winslow Haverly
@@ -111,7 +101,6 @@ _LISTS = {slot: words.split() for slot, words in _WORDS.items()} | {
     slot: [" ".join(phrase.split()) for phrase in phrases.split(";")]
     for slot, phrases in _PHRASES.items()
 }
-KEYS = tuple(_LISTS["key"])
 _FIRST_YEAR, _LAST_YEAR = 1702, 2009
 _FRESH_PARAGRAPH = 0.12
 
@@ -157,31 +146,25 @@ def needle_case(
     distractors: int = 0,
     seed: int | Sequence[int] = 0,
     haystack_ids: Ids | None = None,
-    template: str = TEMPLATES[0],
+    template: str = WORDINGS[0],
 ) -> NeedleCase:
     """Hide one needle at `depth` and `distractors` like it, with other keys, at random places.
 
-    Needles stand at the ends of sentences; the filler comes from the generator, or from a random
-    window of `haystack_ids`. The question is a new paragraph with the needle's own words.
+    The question is a new paragraph with the needle's own words.
 
     Raises:
-        BadInput: too short a length or haystack, a depth outside [0, 1], too many distractors, a
-            template without key and value, or a tokenizer that merges the value with its question.
+        BadInput: as `hide` and `ask`, too many distractors, or a template without key and value.
     """
-    _check(depth, distractors, template)
+    _check(distractors, template)
     rng = np.random.default_rng(seed)
-    keys = [KEYS[i] for i in rng.permutation(len(KEYS))[: distractors + 1]]
-    values = ["".join(str(digit) for digit in rng.integers(10, size=VALUE_DIGITS)) for _ in keys]
-    needles = [
-        encode(tokenizer, template.format(key=key, value=value))
-        for key, value in zip(keys, values, strict=True)
-    ]
-    bos = _bos(tokenizer)
-    filler = _filler(tokenizer, _room(length, bos, needles), rng, haystack_ids)
+    keys = draw(rng, KEYS, distractors + 1)
+    values = EVALUATION.values(rng, distractors + 1)
+    needles = [template.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
     depths = [depth, *rng.random(distractors)]
-    context = np.concatenate([bos, *_hide(tokenizer, filler, needles, depths)])
-    question, answer = _question(tokenizer, template, keys[0], values[0])
-    return NeedleCase(context, question, answer, depth, keys[0], values[0])
+    context = hide(tokenizer, length, needles, depths, rng, haystack_ids).context_ids
+    asked = ask(tokenizer, NEW_LINE + _asked(template, keys[0]), (values[0],))
+    first = asked.answers[0].start
+    return NeedleCase(context, asked.ids[:first], asked.ids[first:], depth, keys[0], values[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,21 +197,92 @@ def hide_facts(tokenizer: Any, length: int, n_facts: int, seed: int = 0) -> Fact
     if not 1 <= n_facts <= len(KEYS):
         raise BadInput(f"facts must be 1 to {len(KEYS)}, got {n_facts}")
     rng = np.random.default_rng(seed)
-    keys = [KEYS[i] for i in rng.permutation(len(KEYS))[:n_facts]]
-    values = ["".join(str(digit) for digit in rng.integers(10, size=VALUE_DIGITS)) for _ in keys]
-    lines = [TEMPLATES[0].format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
-    needles = [encode(tokenizer, line) for line in lines]
-    bos = _bos(tokenizer)
-    filler = _filler(tokenizer, _room(length, bos, needles), rng, None)
+    keys, values = draw(rng, KEYS, n_facts), EVALUATION.values(rng, n_facts)
+    lines = [WORDINGS[0].format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
     depths = [(i + 0.5) / n_facts for i in range(n_facts)]
-    parts = [bos, *_hide(tokenizer, filler, needles, depths)]
-    starts = np.cumsum([0, *(len(part) for part in parts)])[2:-1:2]
+    hidden = hide(tokenizer, length, lines, depths, rng)
     facts = []
-    for key, value, line, ids, start in zip(keys, values, lines, needles, starts, strict=True):
-        asked, question = _asked(TEMPLATES[0], key), _question(tokenizer, TEMPLATES[0], key, value)
-        span = int(start), int(start) + len(ids)
-        facts.append(Fact(key, value, line.strip(), *span, asked.strip(), question[0]))
-    return Facts(np.concatenate(parts), tuple(facts))
+    for key, value, line, span in zip(keys, values, lines, hidden.facts, strict=True):
+        text = _asked(WORDINGS[0], key)
+        asked = ask(tokenizer, NEW_LINE + text, (value,))
+        question = asked.ids[: asked.answers[0].start]
+        place = (span.start, span.stop)
+        facts.append(Fact(key, value, line.strip(), *place, text.strip(), question))
+    return Facts(hidden.context_ids, tuple(facts))
+
+
+@dataclass(frozen=True, eq=False)
+class Hidden:
+    """A context of which the tokens of every slice in `facts` say that fact, in the order given."""
+
+    context_ids: Ids
+    facts: tuple[slice, ...]
+
+
+def hide(
+    tokenizer: Any,
+    length: int,
+    facts: Sequence[str],
+    depths: Sequence[float],
+    rng: np.random.Generator,
+    haystack_ids: Ids | None = None,
+) -> Hidden:
+    """Exactly `length` tokens with every fact at the sentence end that is nearest to its depth.
+
+    depths: 0 = start, 1 = end; facts of one place keep their order. The begin-of-text token comes
+    first; the filler is generated, or a random window of `haystack_ids`.
+
+    Raises:
+        BadInput: too short a length or haystack, or a depth outside [0, 1].
+    """
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise BadInput(f"depth must be in [0, 1], got {list(depths)}")
+    said = [encode(tokenizer, fact) for fact in facts]
+    bos = _bos(tokenizer)
+    filler = _filler(tokenizer, _room(length, bos, said), rng, haystack_ids)
+    ends = _sentence_ends(tokenizer, filler)
+    places = [int(ends[np.abs(ends - depth * len(filler)).argmin()]) for depth in depths]
+    order = sorted(range(len(said)), key=places.__getitem__)
+    pieces = np.split(filler, [places[i] for i in order])
+    parts = [bos, pieces[0]]
+    for i, piece in zip(order, pieces[1:], strict=True):
+        parts += [said[i], piece]
+    bounds = np.cumsum([len(part) for part in parts]).tolist()
+    spans = [slice(*pair) for pair in pairwise(bounds)][1::2]
+    return Hidden(np.concatenate(parts), tuple(spans[order.index(i)] for i in range(len(said))))
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question with its answers, as tokens; answers: where in `ids` each of them stands."""
+
+    ids: Ids
+    answers: tuple[slice, ...]
+
+
+def ask(tokenizer: Any, question: str, answers: Sequence[str]) -> Asked:
+    """Question and answers as they stand in one tokenisation of all of them.
+
+    Tokenizers differ in what they do with a space before a number: where it is a token of its own,
+    it belongs to the question, and between two answers to the second.
+
+    Raises:
+        BadInput: a tokenizer that merges an answer with what comes before it.
+    """
+    ids = encode(tokenizer, question + "".join(answers))
+    # Stripped: some tokenizers decode no space at the start.
+    rests = [str(tokenizer.decode(ids[i:].tolist())).strip() for i in range(len(ids))]
+    starts = []
+    for number in range(len(answers)):
+        rest = "".join(answers[number:]).strip()
+        places = [i for i, found in enumerate(rests) if found == rest]
+        if not places:
+            raise BadInput(
+                f"this tokenizer merges the answer {answers[number]!r} with what comes before it "
+                f"in {question + ''.join(answers)!r}; choose other words"
+            )
+        starts.append(places[0] if number else places[-1])
+    return Asked(ids, tuple(slice(*pair) for pair in pairwise([*starts, len(ids)])))
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
@@ -238,9 +292,7 @@ def encode(tokenizer: Any, text: str) -> Ids:
     return np.array(ids, np.int64)
 
 
-def _check(depth: float, distractors: int, template: str) -> None:
-    if not 0 <= depth <= 1:
-        raise BadInput(f"depth must be in [0, 1], got {depth}")
+def _check(distractors: int, template: str) -> None:
     if not 0 <= distractors < len(KEYS):
         raise BadInput(f"distractors must be 0 to {len(KEYS) - 1}, got {distractors}")
     if not 0 <= template.find("{key}") < template.find("{value}"):
@@ -251,12 +303,12 @@ def _bos(tokenizer: Any) -> Ids:
     return np.array([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], np.int64)
 
 
-def _room(length: int, bos: Ids, needles: Sequence[Ids]) -> int:
+def _room(length: int, bos: Ids, facts: Sequence[Ids]) -> int:
     """Tokens left for filler."""
-    n_filler = length - len(bos) - sum(len(needle) for needle in needles)
+    n_filler = length - len(bos) - sum(len(fact) for fact in facts)
     if n_filler < 1:
         raise BadInput(
-            f"length {length} holds no text beside {len(needles)} needles; at least "
+            f"length {length} holds no text beside {len(facts)} needles; at least "
             f"{length - n_filler + 1} tokens are needed"
         )
     return n_filler
@@ -276,19 +328,6 @@ def _filler(
     return haystack_ids[start : start + n_tokens]
 
 
-def _hide(
-    tokenizer: Any, filler: Ids, needles: Sequence[Ids], depths: Sequence[float]
-) -> list[Ids]:
-    """The filler with every needle at the sentence end that is nearest to its depth."""
-    ends = _sentence_ends(tokenizer, filler)
-    places = [int(ends[np.abs(ends - depth * len(filler)).argmin()]) for depth in depths]
-    parts, last = [], 0
-    for place, needle in sorted(zip(places, range(len(needles)), strict=True)):
-        parts += [filler[last:place], needles[needle]]
-        last = place
-    return [*parts, filler[last:]]
-
-
 def _sentence_ends(tokenizer: Any, ids: Ids) -> Ids:
     """Places after a full stop, and both ends of the text; ascending."""
     present = np.unique(ids)
@@ -299,37 +338,8 @@ def _sentence_ends(tokenizer: Any, ids: Ids) -> Ids:
     return np.unique(np.concatenate([[0], after, [len(ids)]])).astype(np.int64)
 
 
-def _question(tokenizer: Any, template: str, key: str, value: str) -> tuple[Ids, Ids]:
-    """Question and answer as they stand in one tokenisation of both.
-
-    Tokenizers differ in what they do with the space before a number: where it is a token of its
-    own, it belongs to the question.
-    """
-    asked = _asked(template, key)
-    whole = encode(tokenizer, asked + value)
-
-    def text(start: int) -> str:
-        return str(tokenizer.decode(whole[start:].tolist()))
-
-    first = _common_prefix(whole, encode(tokenizer, asked.rstrip()))
-    while first < len(whole) - 1 and text(first + 1).strip() == value:
-        first += 1
-    if text(first).strip() != value:
-        raise BadInput(
-            f"this tokenizer merges the value with its question: {text(first)!r} for {value!r}; "
-            "choose another template"
-        )
-    return whole[:first], whole[first:]
-
-
 def _asked(template: str, key: str) -> str:
-    return " \n" + template[: template.index("{value}")].format(key=key)
-
-
-def _common_prefix(a: Ids, b: Ids) -> int:
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
+    return template[: template.index("{value}")].format(key=key)
 
 
 def _fill(template: str, rng: np.random.Generator) -> str:

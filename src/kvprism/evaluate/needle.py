@@ -10,10 +10,11 @@ import torch
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import Arm
-from kvprism.evaluate.haystack import TEMPLATES, Ids, NeedleCase, encode, needle_case
+from kvprism.evaluate.haystack import Ids, NeedleCase, encode, needle_case
+from kvprism.evaluate.lexicon import WORDINGS
 from kvprism.evaluate.measure import Case, LoadedModel, check_fits, measure
 from kvprism.evaluate.perplexity import read_text, text_digest
-from kvprism.evaluate.records import Header, Record, header_of, record_of
+from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
 
 
@@ -51,7 +52,7 @@ class Needle:
     distractors: Sequence[int] = (0, 3)
     seed: int = 0
     haystack: Path | None = None
-    template: str = TEMPLATES[0]
+    template: str = WORDINGS[0]
     cache_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -109,9 +110,9 @@ class Needle:
             if which.document in skip:
                 continue
             arms = [arm.for_document(index) for arm in self.arms]
-            case = case_of(self.needle(which))
+            case, cell = case_of(self.needle(which)), CellKey(which.length, which.distractors)
             for arm, outcome in measure(self.subject.model, case, arms, self.cache_dtype):
-                yield record_of(which.document, which.length, which.distractors, arm, outcome)
+                yield record_of(which.document, cell, arm, outcome)
 
     def needle(self, which: NeedleId) -> NeedleCase:
         """The case, the same whatever else is measured: depth by its number, text by its seed."""
@@ -128,9 +129,10 @@ class Needle:
 
 
 def case_of(needle: NeedleCase) -> Case:
-    """The whole context is sent; question and answer, but for its last token, are fed."""
+    """The whole context is sent before question and answer are fed."""
     context, question, answer = (
         torch.from_numpy(ids)
         for ids in (needle.context_ids, needle.question_ids, needle.answer_ids)
     )
-    return Case(context, torch.cat([question, answer[:-1]]), answer)
+    both = torch.cat([question, answer])
+    return Case(context, both, (slice(len(question), len(both)),))

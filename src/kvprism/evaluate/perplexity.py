@@ -12,7 +12,7 @@ from kvprism.errors import BadInput
 from kvprism.evaluate.arms import Arm
 from kvprism.evaluate.haystack import encode
 from kvprism.evaluate.measure import Case, LoadedModel, measure
-from kvprism.evaluate.records import Header, Record, header_of, record_of
+from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
 
 
@@ -105,18 +105,15 @@ class Perplexity:
             for arm, outcome in measure(
                 self.subject.model, self.case(index), arms, self.cache_dtype
             ):
-                yield record_of(document, self.context, None, arm, outcome)
+                yield record_of(document, CellKey(self.context), arm, outcome)
 
     def case(self, index: int) -> Case:
         """One document: context without its last token, then that one and the continuation."""
         gap = (self._n_windows - 1) / max(1, self.n_documents - 1)
         start = int(index * gap) * self._window
         ids = torch.cat([torch.tensor(self._bos), self._ids[start : start + self._window]]).long()
-        return Case(
-            context=ids[: self.context - 1],
-            fed=ids[self.context - 1 : -1],
-            targets=ids[self.context :],
-        )
+        context, continuation = ids[: self.context - 1], ids[self.context - 1 :]
+        return Case(context, continuation, (slice(1, len(continuation)),))
 
 
 def read_text(path: Path) -> str:

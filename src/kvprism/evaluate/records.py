@@ -17,7 +17,8 @@ from kvprism.evaluate.arms import Arm
 from kvprism.evaluate.measure import Outcome
 from kvprism.evaluate.rows import Provenance, replace_file
 
-FORMAT = "kvprism-records/1"
+FORMAT = "kvprism-records/2"
+SHOWN_DIFFERENCES = 4
 Progress = Callable[[int, int], None]
 
 
@@ -30,15 +31,25 @@ class ArmKey(NamedTuple):
     importance: str
 
 
+class CellKey(NamedTuple):
+    """What tells two cells of one run apart: documents of one cell make one figure.
+
+    length: context tokens; distractors: of needle tests; subtask: of a suite.
+    """
+
+    length: int
+    distractors: int | None = None
+    subtask: str | None = None
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What one arm did to one document; a reason instead where the budget is too small.
 
-    document: unique within the run; length: context tokens; distractors: null outside needle tests.
+    document: unique within the run.
     """
 
     document: str
-    length: int
-    distractors: int | None
+    cell: CellKey
     arm: ArmKey
     outcome: Outcome | None
     reason: str | None
@@ -85,12 +96,14 @@ class Task(Protocol):
 
 def header_of(task: str, model: str, seed: int, configuration: Any, found: Provenance) -> Header:
     """A header with its digest; `configuration`: plain values in dataclasses, dicts and tuples."""
+    # As JSON gives it back: a header that was stored compares with one that was not.
+    plain = msgspec.json.decode(msgspec.json.encode(configuration, order="deterministic"))
     fields = {
         "format": FORMAT,
         "task": task,
         "model": model,
         "seed": seed,
-        "configuration": msgspec.to_builtins(configuration, order="deterministic"),
+        "configuration": plain,
         "provenance": found,
     }
     encoded = msgspec.json.encode(fields, order="deterministic")
@@ -102,15 +115,12 @@ def key_of(arm: Arm) -> ArmKey:
     return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance)
 
 
-def record_of(
-    document: str, length: int, distractors: int | None, arm: Arm, found: Outcome | BudgetTooSmall
-) -> Record:
+def record_of(document: str, cell: CellKey, arm: Arm, found: Outcome | BudgetTooSmall) -> Record:
     """Label what `measure` yielded."""
     infeasible = isinstance(found, BudgetTooSmall)
     return Record(
         document=document,
-        length=length,
-        distractors=distractors,
+        cell=cell,
         arm=key_of(arm),
         outcome=None if isinstance(found, BudgetTooSmall) else found,
         reason=str(found) if infeasible else None,
@@ -148,12 +158,15 @@ def load_records(path: Path) -> Records:
     try:
         first, *lines = path.read_bytes().split(b"\n")
         header = msgspec.json.decode(first, type=Header)
+        if header.format != FORMAT:
+            raise BadInput(
+                f"{path} is of format {header.format!r}, expected {FORMAT!r}; measure again into "
+                "another file, or read this one with the version that wrote it"
+            )
         # What follows the last line end is empty, or a record that was being written.
         records = [msgspec.json.decode(line, type=Record) for line in lines[:-1]]
     except (OSError, msgspec.DecodeError) as error:
         raise BadInput(f"{path} is not a file of kvprism evaluation records: {error}") from error
-    if header.format != FORMAT:
-        raise BadInput(f"{path} is of format {header.format!r}, expected {FORMAT!r}")
     return Records(header, records)
 
 
@@ -163,9 +176,13 @@ def _resume(task: Task, header: Header, path: Path) -> list[Record]:
     if path.exists():
         stored, found = load_records(path)
         if stored.digest != header.digest:
+            differences = list(_differences(_settings(stored), _settings(header)))
+            more = len(differences) - SHOWN_DIFFERENCES
             raise BadInput(
-                f"{path} holds records of another run ({_differences(stored, header)}); name "
-                "another file, remove this one, or repeat the run with its own settings"
+                f"{path} holds records of another run "
+                f"({'; '.join(differences[:SHOWN_DIFFERENCES])}"
+                f"{f'; and {more} more' if more > 0 else ''}); name another file, remove this one, "
+                "or repeat the run with its own settings"
             )
     arms = {key_of(arm) for arm in task.arms}
     seen: dict[str, set[ArmKey]] = {}
@@ -177,13 +194,20 @@ def _resume(task: Task, header: Header, path: Path) -> list[Record]:
     return kept
 
 
-def _differences(stored: Header, header: Header) -> str:
-    """Names and both values of the settings that differ, long values cut."""
-    theirs, ours = (_settings(one) for one in (stored, header))
-    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    return "; ".join(
-        f"{name}: {theirs.get(name)!s:.80}, now {ours.get(name)!s:.80}" for name in names
-    )
+def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
+    """Where two settings differ, such as `arms.3.budget: 0.3, now 0.4`; long values are cut."""
+    a, b = _members(theirs), _members(ours)
+    if a is not None and b is not None:
+        for key in {**a, **b}:
+            yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else str(key))
+    elif theirs != ours:
+        yield f"{name}: {theirs!s:.80}, now {ours!s:.80}"
+
+
+def _members(value: Any) -> dict[Any, Any] | None:
+    if isinstance(value, list):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else None
 
 
 def _settings(header: Header) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     perplexity, else value - baseline; the baseline is `raw`, the interval 95 %, paired, over `n`
     documents. *_bytes: mean per document; fraction: wire bytes over the cache at 16 bits,
     fraction_native: over its own dtype. fixed_rate: the policy has one size; wire_only: it frees no
-    decode memory. reason: why there is no value.
+    decode memory. reason: why there is no value. subtask: of a suite; `average` is the mean over
+    them. query_aware: the plan was made knowing the question.
 
     Raises:
         BadInput: a number that JSON cannot hold (not finite).
@@ -57,6 +58,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     fixed_rate: bool
     wire_only: bool | None
     reason: str | None = None
+    subtask: str | None = None
+    query_aware: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

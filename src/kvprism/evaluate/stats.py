@@ -55,6 +55,23 @@ class Ratio:
 
 
 @dataclass(frozen=True, eq=False)
+class Average:
+    """The mean of figures over samples of their own, whose documents stand one after the other."""
+
+    parts: Sequence[Statistic]
+
+    @property
+    def n_documents(self) -> int:
+        return sum(part.n_documents for part in self.parts)
+
+    def __call__(self, weights: Weights) -> Floats:
+        stops = np.cumsum([part.n_documents for part in self.parts])[:-1]
+        own = np.split(weights, stops, axis=1)
+        figures = [part(weight) for part, weight in zip(self.parts, own, strict=True)]
+        return np.asarray(np.mean(figures, axis=0), np.float64)
+
+
+@dataclass(frozen=True, eq=False)
 class Quantile:
     """The `q` quantile of all documents' values pooled: the smallest value that q of them reach."""
 

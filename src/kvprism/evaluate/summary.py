@@ -1,8 +1,9 @@
 """From records to rows and comparisons."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, islice
 from typing import Any
 
 import msgspec
@@ -11,9 +12,10 @@ import numpy as np
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW
 from kvprism.evaluate.measure import Outcome
-from kvprism.evaluate.records import ArmKey, Header, Record, Records
+from kvprism.evaluate.records import ArmKey, CellKey, Header, Record, Records
 from kvprism.evaluate.rows import Row
 from kvprism.evaluate.stats import (
+    Average,
     Change,
     Estimate,
     Quantile,
@@ -27,6 +29,7 @@ from kvprism.evaluate.stats import (
 
 FEWEST_CASES = 100
 LOWEST_RAW_EXACT_MATCH = 0.9
+AVERAGE = "average"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,13 @@ def _kl_p99(outcomes: Sequence[Outcome]) -> Quantile:
     return Quantile([np.array(outcome.kl) for outcome in outcomes], 0.99)
 
 
+_EXACT_MATCH = Metric("exact_match", "difference", _ratio(lambda o: o.exact, lambda o: 1))
 _KL_MEAN = Metric("kl_mean", "difference", _ratio(lambda o: sum(o.kl), lambda o: len(o.kl)))
+_FLIPS = Metric(
+    "top1_flips_per_1000",
+    "difference",
+    _ratio(lambda o: o.flips, lambda o: len(o.kl), factor=1000),
+)
 METRICS = {
     "perplexity": (
         Metric(
@@ -62,16 +71,19 @@ METRICS = {
         ),
         _KL_MEAN,
         Metric("kl_p99", "difference", _kl_p99),
-        Metric(
-            "top1_flips_per_1000",
-            "difference",
-            _ratio(lambda o: o.flips, lambda o: len(o.kl), factor=1000),
-        ),
+        _FLIPS,
     ),
     "needle": (
-        Metric("exact_match", "difference", _ratio(lambda o: o.exact, lambda o: 1)),
+        _EXACT_MATCH,
         Metric("digit_nll", "difference", _ratio(lambda o: o.nll, lambda o: o.targets)),
         _KL_MEAN,
+    ),
+    "ruler": (
+        _EXACT_MATCH,
+        Metric("answers_right", "difference", _ratio(lambda o: o.right / o.answers, lambda o: 1)),
+        Metric("answer_nll", "difference", _ratio(lambda o: o.nll, lambda o: o.targets)),
+        _KL_MEAN,
+        _FLIPS,
     ),
 }
 
@@ -107,24 +119,38 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     p_holm: float | None = None
     not_ranked: str | None = None
     reason: str | None = None
+    subtask: str | None = None
+    query_aware: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """All arms of one (length, distractors) on the same documents, in the order of measurement."""
+    """All arms of one cell on the same documents, in the order of measurement.
+
+    strata: documents of each part; a figure is the mean of its parts', which are resampled apart.
+    """
 
     header: Header
-    length: int
-    distractors: int | None
+    key: CellKey
     arms: dict[ArmKey, list[Record]]
+    strata: tuple[int, ...]
 
     @property
     def n(self) -> int:
-        return len(next(iter(self.arms.values())))
+        return sum(self.strata)
 
     @property
     def weights(self) -> Weights:
-        return _weights(self.n, self.header.seed)
+        return _weights(self.strata, self.header.seed)
+
+    @property
+    def query_aware(self) -> bool:
+        return bool(self.header.configuration.get("query_aware", False))
+
+    def statistic(self, metric: Metric, outcomes: Sequence[Outcome]) -> Statistic:
+        """A metric of this cell's outcomes."""
+        left = iter(outcomes)
+        return Average([metric.statistic(list(islice(left, n))) for n in self.strata])
 
     def outcomes(self, arm: ArmKey) -> list[Outcome] | None:
         """One outcome per document, or None when the arm was infeasible for some."""
@@ -141,44 +167,55 @@ class Cell:
         return arm._replace(policy=RAW, budget=None)
 
     def not_ranked(self, raw: ArmKey) -> str | None:
-        """Why a needle cell ranks nothing: too few cases, or a task that raw itself fails."""
+        """Why a cell of questions ranks nothing: too few cases, or a task that raw itself fails."""
         outcomes = self.outcomes(raw)
-        if self.header.task != "needle" or outcomes is None:
+        if _EXACT_MATCH not in METRICS[self.header.task] or outcomes is None:
             return None
-        if self.n < FEWEST_CASES:
-            return f"n = {self.n} is below {FEWEST_CASES}"
-        exact = sum(outcome.exact for outcome in outcomes) / self.n
+        if min(self.strata) < FEWEST_CASES:
+            return f"n = {min(self.strata)} is below {FEWEST_CASES}"
+        exact = float(self.statistic(_EXACT_MATCH, outcomes)(np.ones((1, self.n)))[0])
         if exact < LOWEST_RAW_EXACT_MATCH:
             return f"raw exact match {exact:.3f} is below {LOWEST_RAW_EXACT_MATCH}"
         return None
 
 
 @lru_cache(maxsize=4)
-def _weights(n: int, seed: int) -> Weights:
-    return bootstrap_weights(n, seed)
+def _weights(strata: tuple[int, ...], seed: int) -> Weights:
+    return np.hstack([bootstrap_weights(n, seed + i) for i, n in enumerate(strata)])
 
 
 def cells_of(records: Records) -> list[Cell]:
-    """Records by (length, distractors); only documents that every arm of the cell has measured.
+    """Records by cell; only documents that every arm of the cell has measured.
+
+    After a length's subtasks comes their average, where there are several.
 
     Raises:
         BadInput: no document is complete.
     """
-    grouped: dict[tuple[int, int | None], dict[ArmKey, dict[str, Record]]] = {}
+    grouped: dict[CellKey, dict[ArmKey, dict[str, Record]]] = {}
     for record in records.records:
-        arms = grouped.setdefault((record.length, record.distractors), {})
-        arms.setdefault(record.arm, {})[record.document] = record
+        grouped.setdefault(record.cell, {}).setdefault(record.arm, {})[record.document] = record
     cells = []
-    for (length, distractors), by_arm in grouped.items():
+    for key, by_arm in grouped.items():
         complete = [
             d for d in next(iter(by_arm.values())) if all(d in by_arm[arm] for arm in by_arm)
         ]
         if complete:
             ordered = {arm: [found[d] for d in complete] for arm, found in by_arm.items()}
-            cells.append(Cell(records.header, length, distractors, ordered))
+            cells.append(Cell(records.header, key, ordered, (len(complete),)))
     if not cells:
         raise BadInput("no document has been measured under every arm yet")
-    return cells
+    by_length = [list(same) for _, same in groupby(cells, lambda cell: cell.key.length)]
+    return [cell for same in by_length for cell in [*same, *_average(same)]]
+
+
+def _average(cells: Sequence[Cell]) -> Iterator[Cell]:
+    """All subtasks of a length as one cell, in which each of them counts the same."""
+    first = cells[0]
+    if first.key.subtask is not None and len(cells) > 1:
+        arms = {arm: [record for cell in cells for record in cell.arms[arm]] for arm in first.arms}
+        key = first.key._replace(subtask=AVERAGE)
+        yield Cell(first.header, key, arms, tuple(cell.n for cell in cells))
 
 
 def rows_of(records: Records) -> list[Row]:
@@ -208,8 +245,8 @@ def _row(cell: Cell, arm: ArmKey, metric: Metric) -> Row:
         ci_high=high,
         n=cell.n,
         **_sizes(cell.outcomes(arm)),
-        length=cell.length,
-        distractors=cell.distractors,
+        length=cell.key.length,
+        distractors=cell.key.distractors,
         seed=header.seed,
         commit=header.provenance.commit,
         versions=header.provenance.versions,
@@ -217,6 +254,8 @@ def _row(cell: Cell, arm: ArmKey, metric: Metric) -> Row:
         importance=arm.importance,
         fixed_rate=arm.budget is None,
         reason=cell.reason(arm),
+        subtask=cell.key.subtask,
+        query_aware=cell.query_aware,
     )
 
 
@@ -225,7 +264,10 @@ def _estimate(cell: Cell, arm: ArmKey, baseline: ArmKey, metric: Metric) -> Esti
     if value is None or reference is None:
         return None
     return paired_bootstrap(
-        metric.statistic(value), metric.statistic(reference), metric.change, cell.weights
+        cell.statistic(metric, value),
+        cell.statistic(metric, reference),
+        metric.change,
+        cell.weights,
     )
 
 
@@ -306,13 +348,15 @@ def _comparison(cell: Cell, arm: ArmKey, other: ArmKey, metric: Metric) -> Compa
         versus_budget=other.budget,
         codec=arm.codec,
         importance=arm.importance,
-        length=cell.length,
-        distractors=cell.distractors,
+        length=cell.key.length,
+        distractors=cell.key.distractors,
         n=cell.n,
         fraction=_sizes(cell.outcomes(arm))["fraction"],
         versus_fraction=_sizes(cell.outcomes(other))["fraction"],
         not_ranked=cell.not_ranked(cell.baseline(arm)),
         reason=cell.reason(arm) or cell.reason(other),
+        subtask=cell.key.subtask,
+        query_aware=cell.query_aware,
         **figures,
     )
 

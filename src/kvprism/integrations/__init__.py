@@ -1,1 +1,1 @@
-"""Where models live: `hf` alone imports transformers; `tiny` finds the built-in models by name."""
+"""Where models live: transformers behind `hf`; `tiny` finds the built-in models by name."""

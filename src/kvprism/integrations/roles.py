@@ -31,8 +31,8 @@ DEFINITIONS = {
     "fraction": "wire_bytes / reference_bytes",
     "fraction_native": "wire_bytes / native_bytes",
     "resident_bytes": "memory that the restored cache takes",
-    "kept_tokens": "tokens that the first layer of the restored cache holds; others were dropped",
-    "tiers": "tokens per tier in the first layer's first head",
+    "kept_tokens": "tokens that the fullest layer of the restored cache holds; others were dropped",
+    "tiers": "tokens per tier in the first head of the first layer that is not cut to a window",
     "tier_of_token": "one letter a token: n native, 8 INT8, 4 INT4, . dropped; the last prompt "
     "token is not sent, the decode side computes it again",
     "prefill_ms": "the prompt without its last token, with the capture of cache and queries",
@@ -203,7 +203,7 @@ class DecodeWorker(_Role):
             "wire_bytes": received.wire_nbytes,
             "fraction": received.wire_nbytes / reference,
             "resident_bytes": received.kv.resident_nbytes,
-            "kept_tokens": len(received.kv.layers[0].positions),
+            "kept_tokens": max(len(layer.positions) for layer in received.kv.layers),
             "receive_ms": 1000 * received.seconds,
             "decode_ms": 1000 * received.decode_s,
         }
@@ -279,7 +279,7 @@ def _required(value: T | None, what: str) -> T:
 
 
 def _tokens_by_tier(planned: Plan) -> dict[str, Any]:
-    first = planned.layers[0]
+    first = max(planned.layers, key=lambda layer: layer.shape.n_tokens)
     tiers = first.tier_of[first.shape.components[0].name][0]
     letters = "".join(TIER_LETTERS[tier] for tier in tiers)
     counts = {tier.name: letters.count(TIER_LETTERS[i]) for i, tier in enumerate(planned.menu)}

@@ -1,0 +1,58 @@
+"""Options that several commands share. Light: `--help` reads this file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Built-in model or directory of a local checkpoint.")
+]
+Prompt = Annotated[Path, typer.Option("--file", help="The prompt: a UTF-8 text file.")]
+First = Annotated[
+    int | None, typer.Option("--tokens", min=2, help="Take only the first N tokens of the prompt.")
+]
+NewTokens = Annotated[
+    int, typer.Option("--new-tokens", min=1, help="Generate at most this many tokens, greedily.")
+]
+TokenFile = Annotated[
+    Path, typer.Option("--token-file", help="The shared secret; make one with: kvprism token FILE")
+]
+AllowRemote = Annotated[
+    bool,
+    typer.Option(
+        "--allow-remote",
+        help="Allow addresses off loopback. Peers are authenticated, but nothing is encrypted.",
+    ),
+]
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="What is sent how precisely; kvprism policies lists them.")
+]
+Policies = Annotated[str, typer.Option("--policy", help="Policies, with commas between them.")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Cap on all wire bytes: 0.30 or 30% of the cache at 16 bits, 512MiB, or 512tok.",
+    ),
+]
+Budgets = Annotated[str, typer.Option("--budget", help="Budgets, with commas between them.")]
+Importance = Annotated[
+    str, typer.Option("--importance", help="What ranks tokens: attention, position or norm.")
+]
+Codec = Annotated[
+    str,
+    typer.Option("--codec", help="The code of INT8 and INT4: nested, or the papers' published."),
+]
+CacheDtype = Annotated[
+    str,
+    typer.Option(
+        "--cache-dtype", help="Dtype of the prefill side's cache: bfloat16, float16 or float32."
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Records = Annotated[
+    Path | None,
+    typer.Option("--records", help="Keep every measurement here; the same command resumes."),
+]

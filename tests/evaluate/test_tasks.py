@@ -1,0 +1,112 @@
+"""Every kind of task: what is asked follows from the facts, and from nothing else."""
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from kvprism.errors import BadInput
+from kvprism.evaluate.lexicon import EVALUATION
+from kvprism.evaluate.tasks import KINDS, RULES, Sample
+
+SEEDS = range(20)
+
+
+def samples(kind: str, size: int | None = None) -> list[Sample]:
+    return [KINDS[kind].sample(np.random.default_rng(s), EVALUATION, size) for s in SEEDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_gives_the_same_sample_and_another_seed_another(kind: str) -> None:
+    assert samples(kind) == samples(kind)
+    assert len({sample.facts for sample in samples(kind)}) == len(SEEDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_begins_with_its_space_and_facts_end_a_sentence(kind: str) -> None:
+    for sample in samples(kind):
+        assert all(fact.startswith(" ") and fact.endswith(" .") for fact in sample.facts)
+        for question, answers in sample.exchanges:
+            assert question.startswith(" ") and not question.endswith(" ")
+            assert answers and all(re.fullmatch(r" \w+", answer) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"), [("needle", 1), ("multi-key", 4), ("multi-query", 4), ("multi-key", 9)]
+)
+def test_a_stated_fact_is_asked_for_in_its_own_words(kind: str, facts: int) -> None:
+    for sample in samples(kind, facts):
+        assert len(sample.facts) == len(sample.exchanges) == facts
+        for fact, (question, [answer]) in zip(sample.facts, sample.exchanges, strict=True):
+            assert fact == f"{question}{answer} ."
+        assert len({question for question, _ in sample.exchanges}) == facts
+
+
+def test_all_values_of_a_key_are_asked_for_in_their_order() -> None:
+    for sample in samples("multi-value"):
+        [(question, answers)] = sample.exchanges
+        key = question.split()[0]
+        assert [f" {key} drew the ticket{answer} ." for answer in answers] == list(sample.facts)
+
+
+def test_a_number_is_followed_through_the_hands_that_it_went() -> None:
+    for sample in samples("variable-tracking"):
+        for question, answers in sample.exchanges:
+            number = question.split()[2]
+            held: list[str] = []
+            for fact in sample.facts:
+                if match := re.fullmatch(r" The number (\d+) is given to (\w+) \.", fact):
+                    held += [match[2]] * (match[1] == number)
+                elif match := re.fullmatch(r" (\w+) passes it on to (\w+) \.", fact):
+                    held += [match[2]] * (held[-1:] == [match[1]])
+            assert tuple(f" {name}" for name in held) == answers
+            assert len(held) == 3
+
+
+def test_the_table_holds_what_is_asked() -> None:
+    for sample in samples("kv-recall"):
+        [table] = sample.facts
+        pairs = dict(pair.split() for pair in table.strip(" .").removeprefix("Table :").split(";"))
+        assert len(pairs) == len(sample.exchanges) == 16
+        for question, [answer] in sample.exchanges:
+            assert pairs[question.split()[-1]] == answer.strip()
+
+
+def test_the_common_word_is_the_most_common_by_far() -> None:
+    for sample in samples("common-words"):
+        counts = Counter(sample.facts[0].strip(" .").removeprefix("Words :").split())
+        (word, most), (_, second) = counts.most_common(2)
+        assert (f" {word}",) == sample.exchanges[0].answers
+        assert (most, second, len(counts)) == (10, 2, 11)
+
+
+def test_one_rule_explains_the_examples_and_the_answer() -> None:
+    for sample in samples("few-shot"):
+        shots = sample.facts[0].strip(" .").removeprefix("Rule :").split(";")
+        [(question, answers)] = sample.exchanges
+        asked = question.removeprefix(" Rule :") + "".join(answers)
+        found = [rule for rule in RULES if all(obeys(rule, shot) for shot in [*shots, asked])]
+        assert len(found) == 1
+        assert question.split()[2] not in sample.facts[0]
+
+
+def obeys(rule: object, shot: str) -> bool:
+    (a, b), made = (part.split() for part in shot.split(" gives "))
+    return made == list(rule(a, b))  # type: ignore[operator]
+
+
+def test_a_passage_goes_on_as_it_was_read() -> None:
+    for sample in samples("copying"):
+        [(question, answers)] = sample.exchanges
+        assert f"{question}{''.join(answers)} ." == sample.facts[0]
+        assert len(answers) == 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("multi-key", 61), ("variable-tracking", 31), ("few-shot", 30), ("copying", 61)],
+)
+def test_a_size_beyond_the_lexicon_is_refused(kind: str, size: int) -> None:
+    with pytest.raises(BadInput, match="different words are wanted, the lexicon has 6"):
+        samples(kind, size)
