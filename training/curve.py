@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import msgspec
@@ -58,7 +59,7 @@ def draw(folder: Path, title: str) -> Path:
     return path
 
 
-def _mark_stages(axes: plt.Axes, points: Sequence[Point]) -> None:
+def _mark_stages(axes: Any, points: Sequence[Point]) -> None:
     begun: dict[int, Point] = {}
     for point in points:
         begun.setdefault(point.length, point)

@@ -146,7 +146,8 @@ class Run:
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
         ).view_as(weights)
-        ((losses * weights).sum() / weights.sum()).backward()
+        loss: Any = (losses * weights).sum() / weights.sum()
+        loss.backward()
         with torch.no_grad():
             hits = logits.argmax(dim=-1) == targets
         return losses.detach().numpy(), hits.numpy()

@@ -70,7 +70,7 @@ class Tokens(NamedTuple):
         return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def cut(self, length: int) -> "Tokens":
-        return Tokens(*(column[:length] for column in self))
+        return Tokens(self.ids[:length], self.weights[:length], self.task[:length])
 
 
 class Batch(NamedTuple):
@@ -133,11 +133,12 @@ class Sampler:
     def sequence(
         self, rng: np.random.Generator, kind: str, length: int, tasks: dict[str, float]
     ) -> Tokens:
-        """`length` tokens of one kind: text, echo, copy, dense or hidden."""
+        """`length` tokens of one kind: text, echo, copy, drill, dense or hidden."""
         body = {
             "text": lambda: Tokens.of(self._window(rng, length), FULL),
             "echo": lambda: self._echo(rng, length),
             "copy": lambda: self._copy(rng, length),
+            "drill": lambda: self._drill(rng, length, tasks),
             "dense": lambda: self._dense(rng, length, tasks),
             "hidden": lambda: self._hidden(rng, length, tasks),
         }[kind]()
@@ -178,6 +179,16 @@ class Sampler:
         if rng.random() < 0.54:
             return rng.integers(4, most, size)
         return rng.choice(rng.integers(4, most, max(4, int(0.6 * size) + 2)), size)
+
+    def _drill(self, rng: np.random.Generator, length: int, tasks: dict[str, float]) -> Tokens:
+        """One sample, asked again and again."""
+        kind = _choose(rng, tasks)
+        sample = self._sample(rng, kind, length)
+        parts = [self._fact(fact) for fact in sample.facts]
+        exchanges = [self._exchange(exchange, kind, FULL) for exchange in sample.exchanges]
+        while sum(len(part.ids) for part in parts) < length:
+            parts += [exchanges[i] for i in rng.permutation(len(exchanges))]
+        return Tokens.join(parts)
 
     def _dense(self, rng: np.random.Generator, length: int, tasks: dict[str, float]) -> Tokens:
         """Facts and their questions at once, sample after sample."""

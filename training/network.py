@@ -56,7 +56,8 @@ def build(recipe: Recipe, seed: int) -> Any:
         pad_token_id=2,
         **settings,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto_model: Any = AutoModelForCausalLM
+    model = auto_model.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -70,7 +71,8 @@ def build(recipe: Recipe, seed: int) -> Any:
 
 def optimizer_of(model: Any, settings: Optimizer) -> torch.optim.AdamW:
     """Two rates, decay on the hidden matrices alone; `peak` keeps each group's own rate."""
-    matrices, others = [], []
+    matrices: list[Any] = []
+    others: list[Any] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.dim() == 2 and "embed" not in name else others).append(parameter)
     groups = [
@@ -120,7 +122,7 @@ def export(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     saved = type(model)(model.config)
     saved.load_state_dict(model.state_dict())
     saved.to(torch.bfloat16).eval().save_pretrained(folder)
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,

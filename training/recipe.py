@@ -13,11 +13,7 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Mixture = dict[str, Annotated[float, msgspec.Meta(ge=0)]]
 
 
-class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class Optimizer(_Strict):
+class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """AdamW; the rates are the peaks, which stages scale."""
 
     learning_rate: Positive
@@ -28,7 +24,7 @@ class Optimizer(_Strict):
     warmup_steps: Count
 
 
-class Stage(_Strict):
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sequences of one length from one mixture, until the gate opens.
 
     length, batch: tokens of a sequence, sequences of a step; tokens: fewest, and most; mixture:
@@ -48,7 +44,7 @@ class Stage(_Strict):
     required: bool = False
 
 
-class Recipe(_Strict):
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to train, on what, and when to go on.
 
     model: a transformers configuration, `model_type` included.
