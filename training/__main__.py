@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from kvprism.errors import KVPrismError
+from kvprism.evaluate.texts import read_text
 from training import curve
-from training.loop import Point, Run, read_text
+from training.loop import Point, Run
 from training.recipe import Recipe
 
 
@@ -35,7 +36,7 @@ def main() -> int:
             curve.draw(folder, f"{recipe.name}, seed {seed}")
 
         run = Run(recipe, seed, read_text(options.text), folder, on_point)
-        print(f"trained: {run.train()}")
+        print(f"trained; use it as --model {run.train()}")
     except KVPrismError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,15 +17,14 @@ import torch
 from kvprism.commands import console
 from kvprism.errors import KVPrismError
 from kvprism.evaluate.arms import RAW, Arm
-from kvprism.evaluate.haystack import encode
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.records import Task, collect
 from kvprism.evaluate.rows import provenance, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.tasks import KINDS
+from kvprism.evaluate.texts import encode, read_text
 from training.kneser_ney import Ids, Trigram
-from training.loop import read_text
 
 WINDOW = 512
 LENGTHS = (1024, 2048, 4096)

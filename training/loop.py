@@ -40,14 +40,6 @@ class GateMissed(BadInput):
     """A required figure was not reached within the stage's tokens."""
 
 
-def read_text(path: Path) -> str:
-    """The training text; `BadInput` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
-
-
 @dataclass(eq=False)
 class Run:
     """A recipe, a seed and a text, and how far it is.

@@ -12,11 +12,12 @@ from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, Arm, arms_of
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
-from kvprism.evaluate.perplexity import Perplexity, read_text
+from kvprism.evaluate.perplexity import Perplexity
 from kvprism.evaluate.records import Task, collect, load_records
 from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
+from kvprism.evaluate.texts import read_text
 from kvprism.policies import PlanOptions
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from kvprism.commands import console
 from kvprism.commands.dry_run import plan_without_prompt
 from kvprism.errors import AuthenticationFailed, BadInput
-from kvprism.evaluate.perplexity import read_text
+from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 from kvprism.integrations.worker import Pair

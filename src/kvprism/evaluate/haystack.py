@@ -11,12 +11,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.lexicon import EVALUATION, KEYS, WORDINGS, draw
+from kvprism.evaluate.texts import Ids, encode
 
-Ids = NDArray[np.int64]
 NEW_LINE = " \n"
 
 _WORDS = {
@@ -283,13 +282,6 @@ def ask(tokenizer: Any, question: str, answers: Sequence[str]) -> Asked:
             )
         starts.append(places[0] if number else places[-1])
     return Asked(ids, tuple(slice(*pair) for pair in pairwise([*starts, len(ids)])))
-
-
-def encode(tokenizer: Any, text: str) -> Ids:
-    """Token ids without special tokens."""
-    # Not verbose: it is no mistake that a whole text is longer than the model's context.
-    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    return np.array(ids, np.int64)
 
 
 def _check(distractors: int, template: str) -> None:

@@ -10,12 +10,12 @@ import torch
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import Arm
-from kvprism.evaluate.haystack import Ids, NeedleCase, encode, needle_case
+from kvprism.evaluate.haystack import NeedleCase, needle_case
 from kvprism.evaluate.lexicon import WORDINGS
 from kvprism.evaluate.measure import Case, LoadedModel, check_fits, measure
-from kvprism.evaluate.perplexity import read_text, text_digest
 from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
+from kvprism.evaluate.texts import TextFile
 
 
 class NeedleId(NamedTuple):
@@ -67,12 +67,10 @@ class Needle:
             check_fits(self.subject.model, case)
 
     @cached_property
-    def _haystack(self) -> str | None:
-        return None if self.haystack is None else read_text(self.haystack)
-
-    @cached_property
-    def _haystack_ids(self) -> Ids | None:
-        return None if self._haystack is None else encode(self.subject.tokenizer, self._haystack)
+    def _haystack(self) -> TextFile | None:
+        if self.haystack is None:
+            return None
+        return TextFile(self.haystack, self.subject.tokenizer)
 
     @cached_property
     def header(self) -> Header:
@@ -82,7 +80,7 @@ class Needle:
             "trials": self.trials,
             "distractors": self.distractors,
             "seed": self.seed,
-            "haystack": None if self._haystack is None else text_digest(self._haystack),
+            "haystack": None if self._haystack is None else self._haystack.digest,
             "template": self.template,
             "arms": self.arms,
             "cache_dtype": self.cache_dtype,
@@ -106,10 +104,10 @@ class Needle:
 
     def records(self, skip: Collection[str] = ()) -> Iterator[Record]:
         """One record per (case, arm)."""
-        for index, which in enumerate(self._ids):
+        for which in self._ids:
             if which.document in skip:
                 continue
-            arms = [arm.for_document(index) for arm in self.arms]
+            arms = [arm.for_document(which.number) for arm in self.arms]
             case, cell = case_of(self.needle(which)), CellKey(which.length, which.distractors)
             for arm, outcome in measure(self.subject.model, case, arms, self.cache_dtype):
                 yield record_of(which.document, cell, arm, outcome)
@@ -123,7 +121,7 @@ class Needle:
             depth,
             which.distractors,
             seed=(self.seed, *which),
-            haystack_ids=self._haystack_ids,
+            haystack_ids=None if self._haystack is None else self._haystack.ids,
             template=self.template,
         )
 

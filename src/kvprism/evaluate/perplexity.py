@@ -1,6 +1,5 @@
 """Continuations of a text on restored caches: perplexity, KL to raw, top-1 flips."""
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +9,10 @@ import torch
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import Arm
-from kvprism.evaluate.haystack import encode
 from kvprism.evaluate.measure import Case, LoadedModel, measure
 from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
+from kvprism.evaluate.texts import TextFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +55,12 @@ class Perplexity:
             )
 
     @cached_property
-    def _text(self) -> str:
-        return read_text(self.text)
+    def _text(self) -> TextFile:
+        return TextFile(self.text, self.subject.tokenizer)
 
     @cached_property
     def _ids(self) -> torch.Tensor:
-        return torch.from_numpy(encode(self.subject.tokenizer, self._text))
+        return torch.from_numpy(self._text.ids)
 
     @property
     def _bos(self) -> list[int]:
@@ -80,7 +79,7 @@ class Perplexity:
     @cached_property
     def header(self) -> Header:
         configuration = {
-            "text": text_digest(self._text),
+            "text": self._text.digest,
             "context": self.context,
             "continuation": self.continuation,
             "documents": self.n_documents,
@@ -114,16 +113,3 @@ class Perplexity:
         ids = torch.cat([torch.tensor(self._bos), self._ids[start : start + self._window]]).long()
         context, continuation = ids[: self.context - 1], ids[self.context - 1 :]
         return Case(context, continuation, (slice(1, len(continuation)),))
-
-
-def read_text(path: Path) -> str:
-    """A text file; `BadInput` when it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
-
-
-def text_digest(text: str) -> str:
-    """SHA-256 of a text, for headers: a path says nothing about contents."""
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -12,13 +12,13 @@ import torch
 
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import Arm
-from kvprism.evaluate.haystack import NEW_LINE, Ids, ask, encode, hide
+from kvprism.evaluate.haystack import NEW_LINE, ask, hide
 from kvprism.evaluate.lexicon import EVALUATION, UNSEEN_WORDINGS, Lexicon
 from kvprism.evaluate.measure import Case, LoadedModel, check_fits, measure
-from kvprism.evaluate.perplexity import read_text, text_digest
 from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
 from kvprism.evaluate.tasks import KINDS, Exchange, Kind, Sample
+from kvprism.evaluate.texts import Ids, TextFile
 from kvprism.registry import Registry
 
 DEPTHS = 11
@@ -114,12 +114,10 @@ class Ruler:
                 check_fits(self.subject.model, self.case(RulerId(length, subtask, 0)).case)
 
     @cached_property
-    def _haystack(self) -> str | None:
-        return None if self.haystack is None else read_text(self.haystack)
-
-    @cached_property
-    def _haystack_ids(self) -> Ids | None:
-        return None if self._haystack is None else encode(self.subject.tokenizer, self._haystack)
+    def _haystack(self) -> TextFile | None:
+        if self.haystack is None:
+            return None
+        return TextFile(self.haystack, self.subject.tokenizer)
 
     @cached_property
     def header(self) -> Header:
@@ -128,7 +126,7 @@ class Ruler:
             "subtasks": self.subtasks,
             "trials": self.trials,
             "seed": self.seed,
-            "haystack": None if self._haystack is None else text_digest(self._haystack),
+            "haystack": None if self._haystack is None else self._haystack.digest,
             "arms": self.arms,
             "cache_dtype": self.cache_dtype,
             "query_aware": self.query_aware,
@@ -175,7 +173,7 @@ class Ruler:
             sample.facts,
             sorted(depths) if kind.ordered else depths,
             rng,
-            self._haystack_ids,
+            None if self._haystack is None else self._haystack.ids,
         )
         asked = sample.exchanges if kind.asks_all else sample.exchanges[:1]
         return RulerCase(sample, self._case(hidden.context_ids, asked), hidden.facts)

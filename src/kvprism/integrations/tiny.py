@@ -15,7 +15,8 @@ from kvprism.errors import BadInput, UnknownName
 VARIABLE = "KVPRISM_MODELS"
 WAY_OUT = (
     "or the directory of a local checkpoint (the built-in models come with "
-    "`pip install 'kvprism[demo]'`, or with `make demo` in a source checkout)"
+    "`pip install 'kvprism[demo]'`, or with `make demo` in a source checkout, where "
+    "`scripts/train-tiny NAME --text FILE` trains one from nothing)"
 )
 
 
