@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from kvprism.commands import console
 from kvprism.errors import KVPrismError
 from kvprism.evaluate.arms import RAW, Arm
-from kvprism.evaluate.measure import LoadedModel
+from kvprism.evaluate.measure import LoadedModel, Outcome
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.records import Task, collect
 from kvprism.evaluate.rows import provenance, write_rows
@@ -62,13 +62,15 @@ GATES = {
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One measured figure.
 
-    n: cases, tokens or kinds; low, high: 95 % Wilson interval of a share; gate: what the value must
+    n: cases, tokens or kinds; share: the value is one, of n; low, high: its 95 % Wilson interval,
+    where every case counts 0 or 1; gate: what the value must
     be at least, or at most where `lower_is_better`; null where it is only reported.
     """
 
     name: str
     value: float
     n: int
+    share: bool = False
     low: float | None = None
     high: float | None = None
     gate: float | None = None
@@ -112,7 +114,7 @@ def measure(
                 seed=SEED,
             )
             name = f"needle, {distractors} distractors, {length} tokens"
-            yield share(name, needle, least.get(length))
+            yield share(name, outcomes_of(needle), least.get(length))
     for length in KIND_LENGTHS:
         yield from _kind_figures(subject, gates, length, trials)
 
@@ -137,12 +139,16 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def share(name: str, task: Task, gate: float | None = None) -> Figure:
-    """Cases of which the raw cache gets every answer right."""
-    outcomes = [record.outcome for record in collect(task).records]
-    right = float(np.mean([outcome.exact for outcome in outcomes if outcome is not None]))
-    low, high = wilson(right, len(outcomes))
-    return Figure(name=name, value=right, n=len(outcomes), low=low, high=high, gate=gate)
+def outcomes_of(task: Task) -> list[Outcome]:
+    """What the raw cache gives, case by case."""
+    return [record.outcome for record in collect(task).records if record.outcome is not None]
+
+
+def share(name: str, outcomes: Sequence[Outcome], gate: float | None = None) -> Figure:
+    """Cases with every answer right."""
+    right, n = float(np.mean([outcome.exact for outcome in outcomes])), len(outcomes)
+    low, high = wilson(right, n)
+    return Figure(name=name, value=right, n=n, low=low, high=high, gate=gate, share=True)
 
 
 def _text_figures(subject: LoadedModel, gates: Gates, train: str, valid: str) -> Iterator[Figure]:
@@ -159,15 +165,23 @@ def _text_figures(subject: LoadedModel, gates: Gates, train: str, valid: str) ->
 
 
 def _kind_figures(subject: LoadedModel, gates: Gates, length: int, trials: int) -> Iterator[Figure]:
-    above = 0
+    """Exact match of every kind, and the share of answers right, which is RULER's own score."""
+    exact_above, answers_above = 0, 0
     for subtask in SUBTASKS:
         task = Ruler(subject, (Arm(RAW),), (length,), (subtask,), trials=trials, seed=SEED)
+        outcomes = outcomes_of(task)
         gate = gates.unseen.get(length) if subtask == UNSEEN else None
-        figure = share(f"{subtask}, {length} tokens", task, gate)
-        above += subtask in KINDS and figure.value > ENOUGH
-        yield figure
-    name = f"task kinds above {ENOUGH:.0%}, {length} tokens"
-    yield Figure(name=name, value=above, n=len(KINDS), gate=gates.kinds.get(length))
+        exact = share(f"{subtask}, {length} tokens", outcomes, gate)
+        yield exact
+        answers = float(np.mean([outcome.right / outcome.answers for outcome in outcomes]))
+        if max(outcome.answers for outcome in outcomes) > 1:
+            name = f"{exact.name}, answers right"
+            yield Figure(name=name, value=answers, n=len(outcomes), share=True)
+        exact_above += subtask in KINDS and exact.value > ENOUGH
+        answers_above += subtask in KINDS and answers > ENOUGH
+    name, n = f"task kinds above {ENOUGH:.0%}, {length} tokens", len(KINDS)
+    yield Figure(name=f"{name}, exact match", value=exact_above, n=n, gate=gates.kinds.get(length))
+    yield Figure(name=f"{name}, answers right", value=answers_above, n=n)
 
 
 def report_of(model: str, seed: int, figures: list[Figure], loaded: Any) -> Report:

@@ -13,7 +13,7 @@ import torch
 from kvprism.evaluate.arms import RAW, Arm
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
-from training.gates import GATES, WINDOW, Figure, perplexity, share, wilson
+from training.gates import GATES, WINDOW, Figure, outcomes_of, perplexity, share, wilson
 from training.recipe import FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_perplexity_counts_every_token_once_and_sees_nothing_across_windows(
 
 def test_a_share_is_of_cases_with_every_answer_right(tiny: tuple[Any, Any]):
     needle = Needle(LoadedModel("tiny", *tiny), (Arm(RAW),), (256,), trials=1, distractors=(0,))
-    figure = share("needle", needle, gate=0.9)
+    figure = share("needle", outcomes_of(needle), gate=0.9)
     exact = [record.outcome.exact for record in needle.records() if record.outcome is not None]
     assert (figure.value, figure.n) == (np.mean(exact), 11)
     assert figure.held, "the built-in model finds a needle in 256 tokens"
