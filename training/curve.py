@@ -1,6 +1,6 @@
 """The learning curve as a picture, drawn anew while the run goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,14 @@ def draw(folder: Path, title: str) -> Path:
     )
     for name in sorted({name for point in points for name in point.figures}):
         axes = losses if name.endswith(LOSS) else hits
-        shown = [(p.tokens / 1e6, p.figures[name]) for p in points if name in p.figures]
+        shown = list(_told(points, name))
         axes.plot(*zip(*shown, strict=True), label=name.removesuffix(LOSS), linewidth=1.3)
     for axes, label in ((losses, "nats per token"), (hits, "answer tokens right")):
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
         if axes.lines:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-        _mark_stages(axes, points)
+    _mark_stages(losses, hits, points)
     hits.set_ylim(0, 1)
     hits.set_xlabel("million tokens")
     figure.suptitle(title)
@@ -59,14 +59,26 @@ def draw(folder: Path, title: str) -> Path:
     return path
 
 
-def _mark_stages(axes: Any, points: Sequence[Point]) -> None:
+def _told(points: Sequence[Point], name: str) -> Iterator[tuple[float, float]]:
+    """Where a figure moved: an average stands still where the stage has no such sequences."""
+    last: float | None = None
+    for point in points:
+        value = point.figures.get(name, last)
+        if value is not None and value != last:
+            yield point.tokens / 1e6, value
+        last = value
+
+
+def _mark_stages(losses: Any, hits: Any, points: Sequence[Point]) -> None:
+    """A line where a stage begins, and above it the length of its sequences."""
     begun: dict[int, Point] = {}
     for point in points:
-        begun.setdefault(point.length, point)
-    for length, point in begun.items():
-        axes.axvline(point.tokens / 1e6, color="0.7", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            str(length),
+        begun.setdefault(point.stage, point)
+    for point in list(begun.values())[1:]:
+        for axes in (losses, hits):
+            axes.axvline(point.tokens / 1e6, color="0.7", linewidth=0.8, linestyle=":")
+        losses.annotate(
+            str(point.length),
             (point.tokens / 1e6, 1),
             xycoords=("data", "axes fraction"),
             xytext=(2, -9),
