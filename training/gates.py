@@ -23,8 +23,8 @@ from kvprism.evaluate.records import Task, collect
 from kvprism.evaluate.rows import provenance, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.tasks import KINDS
-from kvprism.evaluate.texts import encode, read_text
-from training.kneser_ney import Ids, Trigram
+from kvprism.evaluate.texts import Ids, encode, read_text
+from training.kneser_ney import Trigram
 
 WINDOW = 512
 LENGTHS = (1024, 2048, 4096)

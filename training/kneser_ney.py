@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from kvprism.evaluate.texts import Ids
+
 Floats = NDArray[np.float64]
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvprism.evaluate.haystack import NEW_LINE
 from kvprism.evaluate.lexicon import HELD_OUT_WORDINGS, KEYS, WORDINGS, WORDS, Lexicon
 from kvprism.evaluate.tasks import KINDS, Exchange, Sample
+from kvprism.evaluate.texts import Ids
 
-Ids = NDArray[np.int64]
 Encode = Callable[[str], list[int]]
 NO_TASK = -1
 TASKS = tuple(KINDS)
@@ -25,7 +26,6 @@ TASKS = tuple(KINDS)
 # Numbers and names of a fact cannot be foreseen; its other words are read lightly.
 FACT_WEIGHT = 0.1
 LIGHT, FULL = 0.3, 1.0
-NEW_LINE = " \n"
 
 
 class Range(NamedTuple):
@@ -133,12 +133,11 @@ class Sampler:
     def sequence(
         self, rng: np.random.Generator, kind: str, length: int, tasks: dict[str, float]
     ) -> Tokens:
-        """`length` tokens of one kind: text, echo, copy, drill, dense or hidden."""
+        """`length` tokens of one kind: text, echo, copy, dense or hidden."""
         body = {
             "text": lambda: Tokens.of(self._window(rng, length), FULL),
             "echo": lambda: self._echo(rng, length),
             "copy": lambda: self._copy(rng, length),
-            "drill": lambda: self._drill(rng, length, tasks),
             "dense": lambda: self._dense(rng, length, tasks),
             "hidden": lambda: self._hidden(rng, length, tasks),
         }[kind]()
@@ -180,16 +179,6 @@ class Sampler:
             return rng.integers(4, most, size)
         return rng.choice(rng.integers(4, most, max(4, int(0.6 * size) + 2)), size)
 
-    def _drill(self, rng: np.random.Generator, length: int, tasks: dict[str, float]) -> Tokens:
-        """One sample, asked again and again."""
-        kind = _choose(rng, tasks)
-        sample = self._sample(rng, kind, length)
-        parts = [self._fact(fact) for fact in sample.facts]
-        exchanges = [self._exchange(exchange, kind, FULL) for exchange in sample.exchanges]
-        while sum(len(part.ids) for part in parts) < length:
-            parts += [exchanges[i] for i in rng.permutation(len(exchanges))]
-        return Tokens.join(parts)
-
     def _dense(self, rng: np.random.Generator, length: int, tasks: dict[str, float]) -> Tokens:
         """Facts and their questions at once, sample after sample."""
         parts: list[Tokens] = []
@@ -199,7 +188,7 @@ class Sampler:
             parts += [self._fact(fact) for fact in sample.facts]
             for _ in range(int(rng.integers(1, 4)) if len(sample.facts[0]) < 80 else 1):
                 for i in rng.permutation(len(sample.exchanges)):
-                    parts.append(self._exchange(sample.exchanges[i], kind, FULL))
+                    parts.append(self._exchange(sample.exchanges[i], kind))
         return Tokens.join(parts)
 
     def _hidden(self, rng: np.random.Generator, length: int, tasks: dict[str, float]) -> Tokens:
@@ -227,7 +216,7 @@ class Sampler:
         times = 1 + int(rng.integers(0, max(1, min(3, length // (256 * len(asked))))))
         for i in np.tile(asked, times):
             place = 1.0 if rng.random() < 0.5 else float(rng.uniform(places.max(), 1))
-            exchanges.append((place, self._exchange(sample.exchanges[i], kind, FULL)))
+            exchanges.append((place, self._exchange(sample.exchanges[i], kind)))
         return facts + exchanges
 
     def _among_text(
@@ -267,19 +256,24 @@ class Sampler:
         return self.encode(" .")[-1]
 
     @cached_property
+    def _space(self) -> int:
+        """What a number after a space begins with."""
+        return self.encode(" 0")[0]
+
+    @cached_property
     def _digits(self) -> list[int]:
         return [self.encode(str(digit))[0] for digit in range(10)]
 
-    def _exchange(self, exchange: Exchange, kind: str, weight: float) -> Tokens:
+    def _exchange(self, exchange: Exchange, kind: str) -> Tokens:
         question = self.encode(exchange.question)
         whole = self.encode(exchange.question + "".join(exchange.answers))
         # Where a space before a number is a token of its own, it is still part of the question.
-        if self.encode(exchange.answers[0])[0] == self.encode(" 0")[0]:
+        if self.encode(exchange.answers[0])[0] == self._space:
             question = whole[: len(question) + 1]
         return Tokens.join(
             [
                 Tokens.of(question, LIGHT),
-                Tokens.of(whole[len(question) :], weight, TASKS.index(kind)),
+                Tokens.of(whole[len(question) :], FULL, TASKS.index(kind)),
                 Tokens.of(self.encode(" ."), LIGHT),
             ]
         )

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvprism.errors import BadInput
+from kvprism.evaluate.rows import replace_file
 
 TENSORS, PROGRESS = "checkpoint.safetensors", "checkpoint.json"
 Named = dict[str, torch.Tensor]
@@ -36,7 +37,7 @@ def save(folder: Path, progress: Progress, parameters: Named, optimizer: Any) ->
     temporary = folder / f"{TENSORS}.part"
     save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata=step)
     os.replace(temporary, folder / TENSORS)
-    _replace(folder / PROGRESS, msgspec.json.encode(progress))
+    replace_file(folder / PROGRESS, msgspec.json.encode(progress))
 
 
 def resume(folder: Path, digest: str, parameters: Named, optimizer: Any) -> Progress:
@@ -58,9 +59,3 @@ def resume(folder: Path, digest: str, parameters: Named, optimizer: Any) -> Prog
         moments = [key for key in tensors if key.endswith(f"/{name}")]
         optimizer.state[x] = {key.split("/")[0]: tensors.pop(key) for key in moments}
     return progress
-
-
-def _replace(path: Path, contents: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_bytes(contents)
-    os.replace(temporary, path)
