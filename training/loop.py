@@ -112,6 +112,8 @@ class Run:
 
     def _step(self) -> None:
         stage, progress = self._stage, self.progress
+        if progress.stage_tokens == 0:
+            progress.averages = {}  # a gate counts its own stage
         batch = self.sampler.batch(
             (self.seed, progress.step), stage.length, stage.batch, stage.mixture, stage.tasks
         )

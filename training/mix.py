@@ -23,6 +23,12 @@ Encode = Callable[[str], list[int]]
 NO_TASK = -1
 TASKS = tuple(KINDS)
 
+# What dense sequences may ask again: short answers, whose copying is worth an exercise.
+ASKED_AGAIN = ("needle", "multi-key", "multi-query")
+
+# As many facts are said in made-up words as in real wordings: the key counts, not the phrase.
+MADE_WORDINGS = 2000
+
 # Numbers and names of a fact cannot be foreseen; its other words are read lightly.
 FACT_WEIGHT = 0.1
 LIGHT, FULL = 0.3, 1.0
@@ -40,12 +46,12 @@ SIZES = {
     "needle": Range(1, 1, 34),
     "multi-key": Range(2, 8, 34),
     "multi-query": Range(2, 6, 34),
-    "multi-value": Range(2, 4, 30),
-    "variable-tracking": Range(1, 4, 60),
+    "multi-value": Range(2, 4, 36),
+    "variable-tracking": Range(1, 4, 50),
     "kv-recall": Range(2, 32, 16),
     "common-words": Range(3, 14, 9),
     "few-shot": Range(2, 9, 14),
-    "copying": Range(4, 32, 6),
+    "copying": Range(4, 16, 6),
 }
 
 
@@ -93,12 +99,28 @@ def training_lexicon(text: str) -> Lexicon:
         return [word for word in found if word not in asked]
 
     assert not set(WORDINGS) & set(HELD_OUT_WORDINGS)
+    words = tuple(frequent("[a-z]{3,9}", 20)[:3000])
+    made = made_wordings(words)
     return Lexicon(
         tuple(frequent("[A-Z][a-z]{2,10}", 3)[:9000]),
-        tuple(frequent("[a-z]{3,9}", 20)[:3000]),
-        WORDINGS,
+        words,
+        (*made, *WORDINGS * (len(made) // len(WORDINGS))),
         evaluation=False,
     )
+
+
+def made_wordings(words: Sequence[str]) -> list[str]:
+    """Sentences of random `words` around a key and its value; the same ones for the same words."""
+    rng = np.random.default_rng(0)
+
+    def wording() -> str:
+        before, between = (
+            [words[i] for i in rng.integers(len(words), size=rng.integers(*bounds))]
+            for bounds in ((0, 4), (1, 5))
+        )
+        return " ".join(["", *before, "{key}", *between, "{value} ."])
+
+    return [wording() for _ in range(MADE_WORDINGS)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +208,7 @@ class Sampler:
             kind = _choose(rng, tasks)
             sample = self._sample(rng, kind, length)
             parts += [self._fact(fact) for fact in sample.facts]
-            for _ in range(int(rng.integers(1, 4)) if len(sample.facts[0]) < 80 else 1):
+            for _ in range(int(rng.integers(1, 4)) if kind in ASKED_AGAIN else 1):
                 for i in rng.permutation(len(sample.exchanges)):
                     parts.append(self._exchange(sample.exchanges[i], kind))
         return Tokens.join(parts)
@@ -195,26 +217,22 @@ class Sampler:
         """Facts in text, asked for later in it or after it."""
         inserted: list[tuple[float, Tokens]] = []
         available = {kind: share for kind, share in tasks.items() if share}
-        for _ in range(int(rng.integers(1, 2 + min(3, length // 512)))):
+        for _ in range(int(rng.integers(1, 2 + min(5, length // 256)))):
             kind = _choose(rng, available)
             available = {k: s for k, s in available.items() if k != kind} or available
             room = length // 2 - sum(len(part.ids) for _, part in inserted)
             if room > SIZES[kind].fewest * SIZES[kind].tokens or not inserted:
-                inserted += self._placed(rng, kind, room, length)
+                inserted += self._placed(rng, kind, room)
         return self._among_text(rng, length, _weigh_answers(inserted, length))
 
-    def _placed(
-        self, rng: np.random.Generator, kind: str, room: int, length: int
-    ) -> list[tuple[float, Tokens]]:
+    def _placed(self, rng: np.random.Generator, kind: str, room: int) -> list[tuple[float, Tokens]]:
         """Facts and exchanges with the places, 0 to 1, at which they stand in the text."""
         sample = self._sample(rng, kind, room)
         last = rng.random() ** 0.5
         places = np.sort(rng.random(len(sample.facts))) * last
         facts = [(float(p), self._fact(f)) for p, f in zip(places, sample.facts, strict=True)]
         exchanges = []
-        asked = rng.permutation(len(sample.exchanges))[:6]
-        times = 1 + int(rng.integers(0, max(1, min(3, length // (256 * len(asked))))))
-        for i in np.tile(asked, times):
+        for i in rng.permutation(len(sample.exchanges))[:6]:
             place = 1.0 if rng.random() < 0.5 else float(rng.uniform(places.max(), 1))
             exchanges.append((place, self._exchange(sample.exchanges[i], kind)))
         return facts + exchanges

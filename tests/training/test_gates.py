@@ -11,9 +11,20 @@ import pytest
 import torch
 
 from kvprism.evaluate.arms import RAW, Arm
+from kvprism.evaluate.haystack import sentences
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
-from training.gates import GATES, WINDOW, Figure, outcomes_of, perplexity, share, wilson
+from training.gates import (
+    GATES,
+    WINDOW,
+    Figure,
+    Gates,
+    measure,
+    outcomes_of,
+    perplexity,
+    share,
+    wilson,
+)
 from training.recipe import FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +79,13 @@ def test_a_share_is_of_cases_with_every_answer_right(tiny: tuple[Any, Any]):
     exact = [record.outcome.exact for record in needle.records() if record.outcome is not None]
     assert (figure.value, figure.n) == (np.mean(exact), 11)
     assert figure.held, "the built-in model finds a needle in 256 tokens"
+
+
+def test_a_model_may_have_to_be_as_good_as_another(tiny: tuple[Any, Any]):
+    text = sentences(np.random.default_rng(0), 600)
+    subject = LoadedModel("another", *tiny)
+    found = next(measure(subject, Gates(as_good_as="tiny"), text, text))
+    assert found.gate == pytest.approx(found.value) and found.held
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path):

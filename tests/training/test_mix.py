@@ -7,6 +7,7 @@ from kvprism.evaluate.lexicon import (
     EVALUATION,
     HELD_OUT_WORDINGS,
     KEYS,
+    WORDINGS,
     WORDS,
     Lexicon,
     is_for_evaluation,
@@ -87,6 +88,19 @@ def test_training_draws_nothing_that_the_evaluation_asks_for(text):
     rng = np.random.default_rng(0)
     assert not any(is_for_evaluation(value) for value in lexicon.values(rng, 500))
     assert all(is_for_evaluation(value) for value in EVALUATION.values(rng, 500))
+
+
+def test_half_of_the_facts_are_said_in_made_up_words(text):
+    wordings = training_lexicon(text * 20).wordings
+    made = set(wordings) - set(WORDINGS)
+    assert len(made) > 1000
+    assert sum(wording in made for wording in wordings) == pytest.approx(
+        len(wordings) / 2, rel=0.02
+    )
+    for wording in made:
+        assert 0 < wording.index("{key}") < wording.index("{value}")
+        assert wording.startswith(" ") and wording.endswith(" {value} .")
+    assert wordings == training_lexicon(text * 20).wordings
 
 
 def test_every_kind_has_a_range_that_the_evaluation_lies_in():

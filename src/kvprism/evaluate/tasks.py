@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvprism.errors import BadInput
 from kvprism.evaluate.lexicon import Lexicon, draw
 from kvprism.registry import Registry
 
-TICKET = " {key} drew the ticket {value} ."
-GIVEN = " The number {value} is given to {key} ."
-PASSED = " {key} passes it on to {other} ."
+TICKET = " {key} drew ticket {place} : {value} ."
+PLACES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+PASSED = " {holder} passes to {key} ."
 
 
 class Exchange(NamedTuple):
@@ -74,31 +75,33 @@ def _stated(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Sample:
 
 
 def _multi_value(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Sample:
-    """Several values of one key, one sentence each; asked for in their order."""
+    """Numbered values of one key, one sentence each; all of them are asked for at once."""
+    if size > len(PLACES):
+        raise BadInput(f"a key has at most {len(PLACES)} values, {size} are wanted")
     (key,), values = draw(rng, lexicon.keys, 1), lexicon.values(rng, size)
-    facts = tuple(TICKET.format(key=key, value=value) for value in values)
-    return Sample(
-        facts, (Exchange(f" {key} drew the tickets", tuple(f" {value}" for value in values)),)
-    )
+    facts = [
+        TICKET.format(key=key, place=place, value=value)
+        for place, value in zip(PLACES, values, strict=False)
+    ]
+    first, *others = (fact.removesuffix(" .").removeprefix(f" {key} drew") for fact in facts)
+    question = f" {key} drew{first.removesuffix(f' {values[0]}')}"
+    return Sample(tuple(facts), (Exchange(question, (f" {values[0]}", *others)),))
 
 
 def _variable_tracking(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Sample:
-    """Two numbers, each handed through `size` keys; who held one of them, in order."""
+    """Two numbers, each handed through `size` keys; the way of one of them, from hand to hand."""
     names, values = draw(rng, lexicon.keys, 2 * size), lexicon.values(rng, 2)
-    chains = [names[:size], names[size:]]
-    steps = [
-        [
-            GIVEN.format(key=chain[0], value=value),
-            *(PASSED.format(key=a, other=b) for a, b in pairwise(chain)),
-        ]
-        for chain, value in zip(chains, values, strict=True)
-    ]
+    chains = [[f"Number {value}", *names[i::2]] for i, value in enumerate(values)]
+    steps = [[PASSED.format(holder=a, key=b) for a, b in pairwise(chain)] for chain in chains]
     turns = rng.permutation([0] * size + [1] * size)
     return Sample(
         tuple(steps[turn].pop(0) for turn in turns),
         tuple(
-            Exchange(f" The number {value} was held by", tuple(f" {key}" for key in chain))
-            for chain, value in zip(chains, values, strict=True)
+            Exchange(
+                f" {number} passes to",
+                (f" {first}", *(f" passes to {key}" for key in others)),
+            )
+            for number, first, *others in chains
         ),
     )
 
@@ -122,25 +125,20 @@ def _common_words(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Samp
     return Sample((f" Words : {shown} .",), (Exchange(" The most common word :", (f" {common}",)),))
 
 
-RULES: tuple[Callable[[str, str], tuple[str, ...]], ...] = (
-    lambda a, b: (a,),
-    lambda a, b: (b,),
-    lambda a, b: (b, a),
-    lambda a, b: (a, a),
-    lambda a, b: (b, b),
-    lambda a, b: (a, b, a),
+RULES: tuple[Callable[[str, str, str], tuple[str, ...]], ...] = (
+    lambda before, word, after: (before, word),
+    lambda before, word, after: (word, after),
+    lambda before, word, after: (before, word, after),
 )
 
 
 def _few_shot(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Sample:
-    """`size` examples of what one rule makes of two words, then a pair that was not among them."""
+    """`size` examples of what one rule puts around a word, then a word that was not among them."""
     rule = RULES[rng.integers(len(RULES))]
-    words = draw(rng, lexicon.words, 2 * size + 2)
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    shots = " ;".join(f" {a} {b} gives {' '.join(rule(a, b))}" for a, b in pairs[:-1])
-    a, b = pairs[-1]
-    answers = tuple(f" {word}" for word in rule(a, b))
-    return Sample((f" Rule :{shots} .",), (Exchange(f" Rule : {a} {b} gives", answers),))
+    before, after, *words, asked = draw(rng, lexicon.words, size + 3)
+    shots = " ;".join(f" {word} gives {' '.join(rule(before, word, after))}" for word in words)
+    answers = tuple(f" {word}" for word in rule(before, asked, after))
+    return Sample((f" Rule :{shots} .",), (Exchange(f" Rule : {asked} gives", answers),))
 
 
 def _copying(rng: np.random.Generator, lexicon: Lexicon, size: int) -> Sample:
@@ -165,6 +163,6 @@ KINDS: Registry[Kind] = Registry(
         ("kv-recall", Kind(_kv_recall, 16, "pairs")),
         ("common-words", Kind(_common_words, 10, "other words")),
         ("few-shot", Kind(_few_shot, 6, "examples")),
-        ("copying", Kind(_copying, 20, "words")),
+        ("copying", Kind(_copying, 10, "words")),
     ],
 )
