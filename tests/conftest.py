@@ -31,6 +31,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def derived_models(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Models derived from `tiny` are written here, not to the home folder."""
+    os.environ["KVPRISM_CACHE"] = str(tmp_path_factory.mktemp("derived"))
+
+
 @pytest.fixture(scope="session")
 def tiny() -> tuple[Any, Any]:
     """The built-in model and its tokenizer; loaded once, so a test must not change them."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvprism.core import MENUS, Tier
 from kvprism.layout import WHOLE, Split, TierArray
 from kvprism.plans import LayerPlan, Plan
-from kvprism.tensors import DTYPES, LayerKV, LayerView, RequestKV
+from kvprism.tensors import DTYPES, KeyConditioning, LayerKV, LayerView, RequestKV
 
 NATIVE, INT8, INT4, DROP = range(4)
 
@@ -123,13 +123,34 @@ def plans(draw: st.DrawFn, kv: RequestKV) -> Plan:
         chosen = rng.choice(np.array(palette, np.uint8), layer.components[name].shape[:2])
         return np.where(kept[layer.layer_id], chosen, np.uint8(DROP))
 
-    menu = MENUS[draw(st.sampled_from(list(MENUS)))]
+    menu = MENUS[draw(st.sampled_from(["nested", "published"]))]
     return plan_of(kv, tiers, menu, draw(splits()))
 
 
 def splits() -> st.SearchStrategy[Split]:
     size = st.none() | st.integers(1, 9)
     return st.builds(Split, size, size)
+
+
+def conditioning_of(
+    kv: RequestKV, *, seed: int = 0, rotate: bool = False, offset: float = 3.0, scale: float = 4.0
+) -> tuple[KeyConditioning, ...]:
+    """Drawn key conditioning for every layer; scales lie within a factor of `scale` around 1."""
+    drawn = torch.Generator().manual_seed(seed)
+    made = []
+    for layer in kv.layers:
+        heads, _, channels = layer.components["k"].shape
+        half = channels // 2
+        exponents = 2 * torch.rand(heads, half, generator=drawn) - 1
+        made.append(
+            KeyConditioning(
+                offset=offset * torch.randn(heads, channels, generator=drawn),
+                scale=scale**exponents,
+                inverse_frequencies=10000.0 ** (-torch.arange(half).float() / half),
+                rotate=rotate,
+            )
+        )
+    return tuple(made)
 
 
 def histogram(tiers: TierArray) -> dict[int, int]:

@@ -29,6 +29,7 @@ from kvprism.errors import (
 from kvprism.pipeline import Receiver, Sender
 from kvprism.plans import Plan
 from kvprism.policies import PlanOptions, plan
+from kvprism.profiles import Profile
 from kvprism.tensors import RequestKV
 
 
@@ -142,10 +143,15 @@ def test_a_receiver_that_does_not_hold_the_token_gets_nothing() -> None:
 @pytest.mark.parametrize("field", ["fingerprint", "profile"])
 def test_another_model_is_rejected_with_both_values(field: str) -> None:
     kv, chosen = request()
-    ours, theirs = b"s" * 32, b"r" * 32
-    settings: dict[str, Any] = {field: theirs}
+    stated = [b"s" * 32, b"r" * 32]
+    given: list[Any] = stated
+    if field == "profile":
+        given = [Profile("ab" * 32), Profile("cd" * 32)]
+        stated = [profile.hash for profile in given]
+    ours, theirs = stated
+    settings: dict[str, Any] = {field: given[1]}
     with Receiver(TOKEN, **settings) as receiver, Tap(receiver.address) as tap:
-        with in_thread(lambda: send_once(tap.address, kv, chosen, **{field: ours})) as sent:
+        with in_thread(lambda: send_once(tap.address, kv, chosen, **{field: given[0]})) as sent:
             with suppress(KVPrismError):
                 receiver.receive(1)
             with pytest.raises(Rejected, match=f"{field} is {theirs.hex()} there") as raised:

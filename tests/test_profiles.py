@@ -2,20 +2,41 @@
 
 import json
 import math
+from base64 import b64decode, b64encode
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 
 from kvprism.errors import BadInput, KVPrismError, ProfileMismatch
-from kvprism.profiles import Profile
+from kvprism.profiles import MAX_PROFILE_NBYTES, ProbeRecord, Profile
+from kvprism.tensors import KeyConditioning
 
 FINGERPRINT = "ab" * 32
 
 
-def saved(tmp_path: Path, shares: tuple[float, ...] | None = (0.1, 0.9)) -> Path:
+def conditioning(heads: int = 2, channels: int = 8, rotate: bool = False) -> KeyConditioning:
+    drawn = torch.Generator().manual_seed(heads)
+    return KeyConditioning(
+        offset=torch.randn(heads, channels, generator=drawn) * 100,
+        scale=torch.rand(heads, channels // 2, generator=drawn) + 0.5,
+        inverse_frequencies=torch.tensor(10.0) ** -torch.arange(channels // 2),
+        rotate=rotate,
+    )
+
+
+PROBE = ProbeRecord("no", "yes", ("conditioned", "no-int4"), "layer 0 has outliers")
+WHOLE = Profile(FINGERPRINT, (0.1, 0.9), (conditioning(), None), PROBE)
+
+
+def saved(tmp_path: Path) -> Path:
     path = tmp_path / "profile.json"
-    Profile(FINGERPRINT, shares).save(path)
+    WHOLE.save(path)
     return path
 
 
@@ -30,26 +51,82 @@ def test_a_profile_comes_back_with_the_same_hash(
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_every_section_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    layers = (None, conditioning(4, 8, rotate=True), conditioning(1, 6))
+    probe = ProbeRecord("inconclusive", "no", ("plain", "conditioned", "no-int4"), "raw 2/3: no μ")
+    Profile(FINGERPRINT, (1, 2, 3), layers, probe).save(tmp_path / "p")
+    back = Profile.load(tmp_path / "p")
+    assert back.probe == probe and back.conditioning is not None
+    assert [layer is None for layer in back.conditioning] == [True, False, False]
+    for layer, same in zip(layers, back.conditioning, strict=True):
+        if layer is not None and same is not None:
+            assert torch.equal(layer.offset, same.offset) and torch.equal(layer.scale, same.scale)
+            assert torch.equal(layer.inverse_frequencies, same.inverse_frequencies)
+            assert layer.rotate == same.rotate
+
+
 def test_profiles_that_differ_have_other_hashes() -> None:
     profiles = [
         Profile(FINGERPRINT),
         Profile("cd" * 32),
         Profile(FINGERPRINT, (1, 2)),
         Profile(FINGERPRINT, (2, 1)),
+        Profile(FINGERPRINT, None, (None, None)),
+        Profile(FINGERPRINT, None, (conditioning(), None)),
+        Profile(FINGERPRINT, None, (None, conditioning())),
+        Profile(FINGERPRINT, None, (conditioning(rotate=True), None)),
+        WHOLE,
     ]
-    assert len({profile.hash for profile in profiles}) == 4
+    assert len({profile.hash for profile in profiles}) == len(set(profiles)) == len(profiles)
     assert all(len(profile.hash) == 32 for profile in profiles)
+
+
+def test_a_section_changes_its_own_hash_alone() -> None:
+    other = replace(WHOLE, probe=replace_probe(reason="another reason"))
+    ours, theirs = WHOLE.section_hashes(), other.section_hashes()
+    assert [name for name in ours if ours[name] != theirs[name]] == ["probe"]
+    assert other.hash != WHOLE.hash
+
+
+def replace_probe(**changes: Any) -> ProbeRecord:
+    changed: ProbeRecord = msgspec.structs.replace(PROBE, **changes)
+    return changed
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("fingerprint", "cd" * 32), ("layer_shares", [0.2, 0.8]), ("schema", 2), ("hash", "00" * 32)],
+    [
+        ("fingerprint", "cd" * 32),
+        ("layer_shares", [0.2, 0.8]),
+        ("conditioning", [None, None]),
+        ("probe", {"int4": "yes", "conditioned": "no", "settings": ["plain"] * 2, "reason": ""}),
+        ("hash", "00" * 32),
+    ],
 )
 def test_an_edited_profile_is_refused(tmp_path: Path, field: str, value: Any) -> None:
     path = saved(tmp_path)
     body = json.loads(path.read_text())
     path.write_text(json.dumps(body | {field: value}))
-    with pytest.raises(ProfileMismatch, match="edited or is of another version; make"):
+    with pytest.raises(ProfileMismatch, match=f"was edited: {field} is not what .*; make"):
+        Profile.load(path)
+
+
+def test_an_edited_number_of_the_conditioning_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    body = json.loads(path.read_text())
+    entry = body["conditioning"][0]
+    scale = np.frombuffer(b64decode(entry["scale"]), "<f4").copy()
+    scale[0] *= 1 + 2**-20
+    entry["scale"] = b64encode(scale.tobytes()).decode()
+    path.write_text(json.dumps(body))
+    with pytest.raises(ProfileMismatch, match="was edited: conditioning is not"):
+        Profile.load(path)
+
+
+def test_another_version_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    path.write_text(json.dumps({"schema": 1, "fingerprint": FINGERPRINT, "hash": "00"}))
+    with pytest.raises(ProfileMismatch, match="schema 1, this kvprism reads 2; make the profile"):
         Profile.load(path)
 
 
@@ -70,17 +147,70 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         b"[]",
         b"\xff\xfe",
         b"[" * 100_000,
-        json.dumps({"schema": 1, "fingerprint": FINGERPRINT, "hash": "00"}).encode(),
-        json.dumps({"schema": 1, "fingerprint": "xy", "layer_shares": None, "hash": ""}).encode(),
-        json.dumps(
-            {"schema": 1, "fingerprint": FINGERPRINT, "layer_shares": [-1], "hash": ""}
-        ).encode(),
+        b'{"schema": 2}',
+        b'{"schema": "2"}',
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "p"
     path.write_bytes(content)
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput, match="not a kvprism profile"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    "section, change, why",
+    [
+        ("fingerprint", "xy", "lower-case hex"),
+        ("layer_shares", [-1.0, 1.0], "positive and finite"),
+        ("conditioning", [{"heads": 2**31}, None], r"offset of \[2147483648, 8\] .* got 64"),
+        ("conditioning", [{"heads": 0}, None], "heads"),
+        ("conditioning", [{"channels": 7}, None], "channels"),
+        ("conditioning", [{"channels": 4}, None], "offset of"),
+        ("conditioning", [{"scale": "AAAA"}, None], "scale of .* takes 32 bytes, got 3"),
+        ("conditioning", [{"scale": "A"}, None], "base64"),
+        ("conditioning", [{"offset": b64encode(b"\0\0\xc0\x7f" * 16).decode()}, None], "finite"),
+        ("conditioning", [{"scale": b64encode(bytes(32)).decode()}, None], "must be positive"),
+        ("conditioning", [{"more": 1}, None], "more"),
+        ("probe", {"int4": "maybe"}, "maybe"),
+        ("probe", {"settings": ["plain"]}, "same layers"),
+    ],
+)
+def test_a_section_that_is_not_whole_is_refused(
+    tmp_path: Path, section: str, change: Any, why: str
+) -> None:
+    path = saved(tmp_path)
+    body = json.loads(path.read_text())
+    if section == "conditioning":
+        change = [body[section][0] | change[0], None]
+    elif section == "probe":
+        change = body[section] | change
+    path.write_text(json.dumps(rehashed(body | {section: change})))
+    with pytest.raises(BadInput, match=why):
+        Profile.load(path)
+
+
+def rehashed(body: dict[str, Any]) -> dict[str, Any]:
+    """With the hashes that the module's documentation gives, as a forger would write them."""
+    digests = []
+    for name in ("fingerprint", "layer_shares", "conditioning", "probe"):
+        canonical = json.dumps(body[name], sort_keys=True, separators=(",", ":"))
+        digests.append(sha256(f"{name}\0{canonical}".encode()))
+        body["hashes"][name] = digests[-1].hexdigest()
+    root = sha256(b"kvprism profile 2\0" + b"".join(digest.digest() for digest in digests))
+    return body | {"hash": root.hexdigest()}
+
+
+def test_hashes_are_what_the_documentation_says(tmp_path: Path) -> None:
+    body = json.loads(saved(tmp_path).read_text())
+    assert rehashed(json.loads(json.dumps(body))) == body
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    with path.open("wb") as file:
+        file.truncate(MAX_PROFILE_NBYTES + 1)
+    with pytest.raises(BadInput, match=r"has 67108865 bytes, at most 67108864 are read"):
         Profile.load(path)
 
 
@@ -109,6 +239,23 @@ def test_a_fingerprint_is_32_bytes_of_lower_case_hex(fingerprint: str) -> None:
 def test_shares_are_positive_and_finite(shares: tuple[float, ...]) -> None:
     with pytest.raises(BadInput, match="positive and finite"):
         Profile(FINGERPRINT, shares)
+
+
+@pytest.mark.parametrize(
+    "sections, why",
+    [
+        ({"layer_shares": (1,), "conditioning": (None, None)}, "same layers"),
+        ({"conditioning": ()}, "at least one"),
+        ({"probe": replace_probe(settings=())}, "at least one"),
+        ({"probe": replace_probe(settings=("none",))}, "'none'"),
+        ({"probe": replace_probe(int4="perhaps")}, "perhaps"),
+        ({"probe": PROBE}, "layer 0 to 'conditioned' and the profile has no conditioning"),
+        ({"probe": PROBE, "conditioning": (None, conditioning())}, "layer 0 to 'conditioned'"),
+    ],
+)
+def test_sections_must_go_together(sections: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        Profile(FINGERPRINT, **sections)
 
 
 def test_a_profile_of_another_model_is_refused() -> None:

@@ -292,8 +292,8 @@ def test_layers_of_other_tokens_share_one_exact_budget() -> None:
 
 def test_every_token_range_needs_its_problem() -> None:
     problems, shape = two_ranges()
-    for some in (problems[:1], problems * 2):
-        message = rf"\[\(25, 40\), \(0, 40\)\] need one problem each, got {len(some)}"
+    for some in (problems[:1], problems * 3):
+        message = rf"\[\(25, 40\), \(0, 40\)\] need one problem each, .* got {len(some)}"
         with pytest.raises(BadInput, match=message):
             solve_prompt(some, shape, Budget(10**6))
         with pytest.raises(BadInput, match=message):

@@ -20,6 +20,7 @@ from kvprism.commands.options import (
     Model,
     NewTokens,
     PolicyName,
+    ProfileFile,
     Prompt,
     Seed,
     TokenFile,
@@ -98,6 +99,7 @@ def run(
     budget: BudgetText = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
@@ -113,7 +115,7 @@ def run(
 
         with (
             console.status("starting a prefill and a decode worker") as say,
-            worker_pair(model, cache_dtype) as pair,
+            worker_pair(model, cache_dtype, profile) as pair,
         ):
             console.load("kvprism.commands.transfer")
             from kvprism.commands.transfer import run_file, show_transfer
@@ -129,6 +131,7 @@ def run(
                 new_tokens=new_tokens,
                 save=save,
                 say=say,
+                profile=profile,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -147,6 +150,7 @@ def prefill(
     budget: BudgetText = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
@@ -171,6 +175,7 @@ def prefill(
                 cache_dtype=cache_dtype,
                 allow_remote=allow_remote,
                 say=say,
+                profile=profile,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -187,6 +192,7 @@ def decode(
     ] = 0,
     tokens: First = None,
     new_tokens: NewTokens = 32,
+    profile: ProfileFile = None,
     timeout: Annotated[
         float, typer.Option("--timeout", min=0, help="Seconds to wait for a cache.")
     ] = 600.0,
@@ -214,6 +220,7 @@ def decode(
                 timeout_s=timeout,
                 allow_remote=allow_remote,
                 say=say,
+                profile=profile,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -257,6 +264,43 @@ def plan(
         result = dry_run(model, policy, budget, tokens, link, codec)
         show_dry_run(result)
         console.write_json(json, result)
+
+
+@app.command(epilog="Example: kvprism probe tiny --out tiny.profile.json --json probe.json")
+def probe(
+    model: Annotated[
+        str, typer.Argument(help="Built-in model or directory of a local checkpoint.")
+    ] = "tiny",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the profile that both ends share here.")
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Calibrate on this UTF-8 text instead of generated text."),
+    ] = None,
+    context: Annotated[
+        int, typer.Option("--context", min=64, help="Tokens that hide a needle.")
+    ] = 2048,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Does the model tolerate INT4, and if not, why, and what helps?
+
+    SpectrumKV's needle probe as published and in our code, then the attention errors of every
+    layer, its outlier key channels and a key conditioning fitted against them; the verdict and the
+    conditioning go into the profile.
+    """
+    with console.one_line_errors(json, out):
+        with console.status(f"loading {model}") as say:
+            console.load("kvprism.commands.probe")
+            from kvprism.commands.probe import run_probe, show_probe
+
+            result = run_probe(model, text, context=context, seed=seed, say=say)
+        show_probe(result)
+        if out is not None:
+            result.profile.save(out)
+            console.say(f"profile: {out}; give both ends --profile {out}")
+        console.write_json(json, result.json)
 
 
 @app.command(epilog="Example: kvprism inspect saved.kvp")
@@ -310,11 +354,12 @@ def worker(
     model: Annotated[str, typer.Option("--model")],
     token_file: Annotated[Path, typer.Option("--token-file")],
     cache_dtype: Annotated[str, typer.Option("--cache-dtype")] = "bfloat16",
+    profile: Annotated[Path | None, typer.Option("--profile")] = None,
 ) -> None:
     """Be the prefill or the decode worker of a parent that speaks JSON lines."""
     from kvprism.integrations.worker import serve
 
-    serve(role, model, token_file, cache_dtype)
+    serve(role, model, token_file, cache_dtype, profile)
 
 
 def main() -> None:

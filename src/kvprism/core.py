@@ -20,7 +20,11 @@ MAX_MENU = 16
 NATIVE_CODEC = "kvp.native/1"
 DROP_CODEC = "kvp.drop/1"
 NESTED_CODEC = "kvp.nested/1"
+CONDITIONED_CODEC = "kvp.conditioned/1"
 ABSMAX_CODEC = "kvp.absmax/1"
+
+# The component that key conditioning is for.
+KEYS = "k"
 
 
 class ComponentShape(NamedTuple):
@@ -164,8 +168,14 @@ INT8 = Tier("int8", NESTED_CODEC, 8)
 INT4 = Tier("int4", NESTED_CODEC, 4)
 DROP = Tier("drop", DROP_CODEC, 0)
 MENU = (NATIVE, INT8, INT4, DROP)
+CONDITIONED_MENU = (
+    NATIVE,
+    Tier("int8", CONDITIONED_CODEC, 8),
+    Tier("int4", CONDITIONED_CODEC, 4),
+    DROP,
+)
 PUBLISHED_MENU = (NATIVE, Tier("int8", ABSMAX_CODEC, 8), Tier("int4", ABSMAX_CODEC, 4), DROP)
-MENUS = {"nested": MENU, "published": PUBLISHED_MENU}
+MENUS = {"nested": MENU, "conditioned": CONDITIONED_MENU, "published": PUBLISHED_MENU}
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # float32 is twice the reference: a larger bare number is a percentage or a size without its unit.
@@ -279,7 +289,13 @@ class Capability:
     """
 
     drop: Drop = "uniform"
-    codecs: tuple[str, ...] = (NATIVE_CODEC, DROP_CODEC, NESTED_CODEC, ABSMAX_CODEC)
+    codecs: tuple[str, ...] = (
+        NATIVE_CODEC,
+        DROP_CODEC,
+        NESTED_CODEC,
+        CONDITIONED_CODEC,
+        ABSMAX_CODEC,
+    )
     block: int = 1
 
     def __post_init__(self) -> None:

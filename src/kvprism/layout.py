@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvprism.core import (
     ABSMAX_CODEC,
+    CONDITIONED_CODEC,
     DROP_CODEC,
     MAX_MENU,
     NATIVE_CODEC,
@@ -43,6 +44,8 @@ PLANES: Mapping[tuple[str, int], tuple[Plane, ...]] = {
     (DROP_CODEC, 0): (),
     (NESTED_CODEC, 8): (Plane.SCALE, Plane.ANCHOR, Plane.RESIDUAL),
     (NESTED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (CONDITIONED_CODEC, 8): (Plane.SCALE, Plane.ANCHOR, Plane.RESIDUAL),
+    (CONDITIONED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
     (ABSMAX_CODEC, 8): (Plane.SCALE, Plane.BYTE),
     (ABSMAX_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
 }

@@ -19,9 +19,10 @@ from kvprism.codec.stream import (
     check_planned,
     encode_layer,
     menu_of,
+    offered_conditioning,
     offered_shape,
 )
-from kvprism.core import Capability, Drop, KVShape, Tier
+from kvprism.core import CONDITIONED_CODEC, Capability, Drop, KVShape, Tier
 from kvprism.errors import (
     PeerLost,
     PeerSilent,
@@ -32,6 +33,7 @@ from kvprism.errors import (
 )
 from kvprism.layout import WHOLE, Split
 from kvprism.plans import LayerPlan, Plan, offer_of
+from kvprism.profiles import Profile, stated_hash
 from kvprism.tensors import LayerKV, RequestKV
 from kvprism.transport import tcp
 from kvprism.wire.frames import Buffer, frame_nbytes, pack
@@ -141,12 +143,13 @@ class Sender:
         token: bytes,
         *,
         fingerprint: bytes = NOT_STATED,
-        profile: bytes = NOT_STATED,
+        profile: Profile | None = None,
         silence_s: float = SILENCE_S,
         allow_remote: bool = False,
     ) -> None:
-        self._identity = (fingerprint, profile)
-        session = SenderSession(token, fingerprint, profile)
+        self._profile = profile
+        self._identity = (fingerprint, stated_hash(profile))
+        session = SenderSession(token, *self._identity)
         connection = tcp.dial(
             *address, timeout_s=silence_s, silence_s=silence_s, allow_remote=allow_remote
         )
@@ -178,6 +181,8 @@ class Sender:
         Raises:
             ShapeMismatch, PositionMismatch: the plan is not for this cache; nothing was offered.
             Unsupported: the plan drops tokens that the peer must have; nothing was offered.
+            ProfileMismatch: the conditioned code without a profile for this cache; nothing was
+                offered.
             Rejected, Busy: the peer does not take it; no KV byte has moved, send something else.
             CodecError: a value that its tier cannot hold.
             PeerLost, PeerSilent: the connection broke; nothing was acknowledged.
@@ -203,15 +208,16 @@ class Sender:
 
         Raises:
             BadInput: a shape that the format cannot name, or a request id that is not 16 bytes.
-            Rejected, Busy, PeerLost, PeerSilent: as `send`.
+            ProfileMismatch, Rejected, Busy, PeerLost, PeerSilent: as `send`.
         """
         started = time.perf_counter()
         offer = offer_of(shape, menu, request or secrets.token_bytes(16), *self._identity)
+        transfer = Transfer(self, offer, split, started)
         frame = self._link.session.offer(offer)
         with self._link.guard():
             self._link.put([frame])
             self._pump_until(lambda: self._link.session.state == "open")
-        return Transfer(self, offer, split, len(frame), started)
+        return transfer
 
     def _send_encoded(self, encoded: Encoded) -> int:
         """Send one manifest and its area as soon as the credit allows; returns the bytes sent."""
@@ -236,13 +242,12 @@ class Transfer:
     that, call `ping`.
     """
 
-    def __init__(
-        self, sender: Sender, offer: Offer, split: Split, offered_nbytes: int, started: float
-    ) -> None:
+    def __init__(self, sender: Sender, offer: Offer, split: Split, started: float) -> None:
         self._sender, self._offer, self._split, self._started = sender, offer, split, started
+        self._conditioning = offered_conditioning(offer, sender._profile)
         self._shapes = {layer.layer_id: layer for layer in offered_shape(offer).layers}
         self._menu = menu_of(offer)
-        self._nbytes = offered_nbytes
+        self._nbytes = frame_nbytes(offer)
         self._encode_s = 0.0
         self._resent = 0
         # Kept until the acknowledgement: the peer asks again for a damaged piece.
@@ -286,7 +291,8 @@ class Transfer:
         )
 
     def _send_layer(self, kv: LayerKV, layer: LayerPlan) -> None:
-        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded))
+        own = self._conditioning.get(kv.layer_id)
+        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded), own)
         with self._sender._link.guard():
             while True:
                 started = time.perf_counter()
@@ -330,11 +336,19 @@ class _Admission(ReceiverConfig):
                 raise Rejected("shape", field, our.named_components, their.named_components)
 
 
+def _readable(codecs: Sequence[str], profile: Profile | None) -> tuple[str, ...]:
+    """Without key conditioning the conditioned code cannot be read."""
+    conditions = profile is not None and profile.conditioning is not None
+    return tuple(codec for codec in codecs if conditions or codec != CONDITIONED_CODEC)
+
+
 class Receiver:
     """The decode side: listens, authenticates one peer at a time, restores its requests.
 
     `expected` is the shape of this side's model, its tokens and dtype aside: an offer for other
-    layers, heads or channels is refused before any KV byte moves.
+    layers, heads or channels is refused before any KV byte moves, and so is a peer that has another
+    profile, or none where this side has one. Without key conditioning in its profile a receiver
+    does not read the conditioned code.
 
     Raises:
         AddressInUse: the port is taken.
@@ -353,7 +367,7 @@ class Receiver:
         host: str = "127.0.0.1",
         port: int = 0,
         fingerprint: bytes = NOT_STATED,
-        profile: bytes = NOT_STATED,
+        profile: Profile | None = None,
         capability: Capability | None = None,
         expected: KVShape | None = None,
         max_request_nbytes: int = MAX_REQUEST_NBYTES,
@@ -371,8 +385,8 @@ class Receiver:
         self._config = _Admission(
             token=token,
             fingerprint=fingerprint,
-            profile=profile,
-            codecs=capability.codecs,
+            profile=stated_hash(profile),
+            codecs=_readable(capability.codecs, profile),
             drop=capability.drop,
             block=capability.block,
             credit_nbytes=credit_nbytes,
@@ -380,6 +394,7 @@ class Receiver:
             lease_s=lease_s,
             expected=expected,
         )
+        self._profile = profile
         self._tickets = TicketBook(time.monotonic)
         self._listener = tcp.listen(host, port, silence_s=silence_s, allow_remote=allow_remote)
         self._peer: _Peer | None = None
@@ -427,14 +442,14 @@ class Receiver:
     def _accept(self, deadline: float) -> "_Peer":
         # A time-out of 0 would make the socket non-blocking instead.
         connection = self._listener.accept(max(0.001, deadline - time.monotonic()))
-        return _Peer(_Link(connection, ReceiverSession(self._config, self._tickets)))
+        return _Peer(_Link(connection, ReceiverSession(self._config, self._tickets)), self._profile)
 
 
 class _Peer:
     """One accepted connection and what it brings."""
 
-    def __init__(self, link: _Link[ReceiverSession]) -> None:
-        self.link = link
+    def __init__(self, link: _Link[ReceiverSession], profile: Profile | None) -> None:
+        self.link, self._profile = link, profile
         self._introduced_by = time.monotonic() + link.connection.silence_s
         with link.guard():
             link.put([link.session.greeting()])
@@ -467,7 +482,7 @@ class _Peer:
     def _restore(self, offer: Offer) -> Received:
         started = time.perf_counter()
         session = self.link.session
-        assembler = Assembler(offer, session.config.max_request_nbytes)
+        assembler = Assembler(offer, session.config.max_request_nbytes, self._profile)
         nbytes, decode_s = frame_nbytes(offer), 0.0
         while not session.complete:
             session.tickets.check(session, session.request, session.ticket)  # a lease may run out

@@ -1,18 +1,18 @@
 """Policies as rows: name -> order of tokens x curve of tier counts x protected tokens x tempo."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvprism.codec.reference import quantisable
-from kvprism.core import MENUS, Budget, Capability, KVShape, LayerShape, Tier
-from kvprism.errors import BadInput, Unsupported
+from kvprism.codec.reference import Conditioned, quantisable
+from kvprism.core import KEYS, MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.errors import BadInput, ProfileMismatch, Unsupported
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
-from kvprism.profiles import Profile
+from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
 from kvprism.score import DECAY, SCORERS, SINKS, check_decay, ranking
 from kvprism.solve import (
@@ -32,7 +32,7 @@ from kvprism.solve import (
     solve_nominal,
     solve_prompt,
 )
-from kvprism.tensors import LayerView
+from kvprism.tensors import KeyConditioning, LayerView
 
 Order = Literal["importance", "random", "recency", "ends"]
 RECENT = 128
@@ -43,6 +43,8 @@ class Policy:
     """One row: which tokens go first, how counts follow the budget, what stays native, and when.
 
     tempo `whole_prompt` plans after prefill; `per_layer` plans each layer as soon as it exists.
+    remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
+    `adaptive` what the profile's probe recommends for each layer.
     """
 
     summary: str
@@ -51,6 +53,7 @@ class Policy:
     sinks: int = 0
     recent: int = 0
     tempo: Literal["whole_prompt", "per_layer"] = "whole_prompt"
+    remedy: Literal["none", "conditioned", "adaptive"] = "none"
 
     @property
     def budgeted(self) -> bool:
@@ -79,6 +82,24 @@ POLICIES = Registry(
         ("spectrum-balanced", Policy("SpectrumKV Balanced: 1 : 2 : rest", BALANCED)),
         ("spectrum-2tier", Policy("INT8 is the lowest tier, below it drop", TWO_TIER, sinks=SINKS)),
         (
+            "spectrum-conditioned",
+            Policy(
+                "spectrum with the profile's key conditioning",
+                GREEDY,
+                sinks=SINKS,
+                remedy="conditioned",
+            ),
+        ),
+        (
+            "spectrum-adaptive",
+            Policy(
+                "plain, conditioned or 2-tier: as the profile says of each layer",
+                GREEDY,
+                sinks=SINKS,
+                remedy="adaptive",
+            ),
+        ),
+        (
             "random-tiers",
             Policy("spectrum's tier counts, tokens at random", GREEDY, order="random", sinks=SINKS),
         ),
@@ -103,8 +124,9 @@ class PlanOptions:
     """The settings of a plan beside policy and budget.
 
     importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
-    end; seed: for the random orders; codec: `nested` (ours) or `published` (the papers' code);
-    split: how the stream is cut, by default as `layout.split_of` says.
+    end; seed: for the random orders; codec: `nested` (ours), `conditioned` (the same with the
+    profile's key conditioning) or `published` (the papers' code); split: how the stream is cut, by
+    default as `layout.split_of` says.
 
     Raises:
         UnknownName: no such importance or codec.
@@ -151,23 +173,32 @@ def plan(
     tokens: layers with a sliding window are ranked by the mean over themselves, the others by the
     mean over the others, and all follow one curve at one b.
 
+    `spectrum-adaptive` follows the settings of the profile's probe. With a `conditioned` layer
+    among them the request is in the conditioned code, and since a request has one quantised code, a
+    `plain` layer for which the profile has a conditioning is conditioned too. A `no-int4` layer
+    follows the 2-tier curve at the same nominal b, so that below b = 0.5 it drops tokens that the
+    other layers keep.
+
     Raises:
         UnknownName: no such policy.
         BudgetTooSmall: nothing legal fits; carries the minimum.
         MissingSignal: importance `attention` without captured queries.
         Unsupported: the receiver's capability rules the policy out.
-        BadInput: a budgeted policy without a budget, or a profile of another number of layers.
+        ProfileMismatch: the profile does not have what the policy or the codec needs.
+        BadInput: a budgeted policy without a budget, a profile of another number of layers, or the
+            published codec for a policy that conditions.
     """
-    row, menu = POLICIES[policy], options.menu
+    shape = KVShape(tuple(layer.kv.shape() for layer in view))
+    row, code = POLICIES[policy], code_of(shape, policy, options, profile)
+    menu = code.menu
     capability = capability or Capability()
     missing = [tier.codec for tier in menu if tier.codec not in capability.codecs]
     if missing:
         raise Unsupported(
             f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
-            f"choose another codec than {options.codec!r}"
+            f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
         )
-    shape = KVShape(tuple(layer.kv.shape() for layer in view))
-    problems = _problems(policy, shape, view, options)
+    problems = _problems(policy, shape, view, options, code)
     if nominal and row.budgeted:
         planned = _solve_nominal(row, problems, shape, _fraction(budget))
     else:
@@ -178,23 +209,95 @@ def plan(
 
 
 def plan_shape(
-    shape: KVShape, policy: str, budget: str | None, options: PlanOptions = DEFAULT_OPTIONS
+    shape: KVShape,
+    policy: str,
+    budget: str | None,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    profile: Profile | None = None,
 ) -> Plan:
     """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
 
+    Without a profile `spectrum-adaptive` has the sizes of `spectrum`.
+
     Raises:
-        UnknownName, BudgetTooSmall, Unsupported, BadInput: as `plan`.
+        UnknownName, BudgetTooSmall, Unsupported, ProfileMismatch, BadInput: as `plan`.
     """
-    problems = _problems(policy, shape, (), options)
-    return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, None)
+    problems = _dry_problems(shape, policy, options, profile)
+    return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, profile)
 
 
-def smallest_nbytes(shape: KVShape, policy: str, options: PlanOptions = DEFAULT_OPTIONS) -> int:
+def smallest_nbytes(
+    shape: KVShape,
+    policy: str,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    profile: Profile | None = None,
+) -> int:
     """The smallest budget in bytes that the policy can do with."""
-    problems = _problems(policy, shape, (), options)
+    problems = _dry_problems(shape, policy, options, profile)
     if POLICIES[policy].tempo == "per_layer":
-        return smallest_layers(problems, shape, layer_shares(shape, None))
+        return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
+
+
+def _dry_problems(
+    shape: KVShape, policy: str, options: PlanOptions, profile: Profile | None
+) -> list[TokenProblem]:
+    if profile is None:
+        code = Code(_menu(policy, options, conditioned=False))
+    else:
+        code = code_of(shape, policy, options, profile)
+    return _problems(policy, shape, (), options, code)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a policy makes of a profile: the menu, the conditioned layers, those without INT4.
+
+    conditioning: layer id -> its key conditioning; no_int4: layer ids.
+    """
+
+    menu: tuple[Tier, ...]
+    conditioning: Mapping[int, KeyConditioning] = field(default_factory=dict)
+    no_int4: frozenset[int] = frozenset()
+
+
+def code_of(shape: KVShape, policy: str, options: PlanOptions, profile: Profile | None) -> Code:
+    """The menu and the layers' settings; asks for no prompt, so that errors come early.
+
+    Raises:
+        ProfileMismatch: no profile, or not one that has what the policy or the codec needs.
+        BadInput: the published codec for a policy that conditions.
+    """
+    settings = _settings(shape, policy, profile)
+    menu = _menu(policy, options, "conditioned" in settings.values())
+    no_int4 = frozenset(layer for layer, setting in settings.items() if setting == "no-int4")
+    return Code(menu, conditioning_for(shape, menu, profile), no_int4)
+
+
+def _menu(policy: str, options: PlanOptions, conditioned: bool) -> tuple[Tier, ...]:
+    remedy = POLICIES[policy].remedy
+    if remedy != "none" and options.codec == "published":
+        raise BadInput(
+            f"policy {policy!r} chooses between the codecs nested and conditioned, got "
+            f"{options.codec!r}; leave the codec out"
+        )
+    if remedy == "conditioned" or conditioned:
+        return CODECS["conditioned"]
+    return options.menu
+
+
+def _settings(shape: KVShape, policy: str, profile: Profile | None) -> dict[int, LayerSetting]:
+    """Layer id -> what the probe set it to, for a policy that follows the probe."""
+    if POLICIES[policy].remedy != "adaptive":
+        return {}
+    found = None if profile is None or profile.probe is None else profile.probe.settings
+    if found is None or len(found) != len(shape.layers):
+        what = "none" if found is None else f"for {len(found)} layers"
+        raise ProfileMismatch(
+            f"policy {policy!r} follows a probe's settings for {len(shape.layers)} layers, got "
+            f"{what}; make a profile with kvprism probe and give it to both sides"
+        )
+    return {layer.layer_id: its for layer, its in zip(shape.layers, found, strict=True)}
 
 
 def layer_shares(shape: KVShape, profile: Profile | None) -> tuple[float, ...]:
@@ -243,7 +346,11 @@ def _fraction(budget: str | float | Budget | None) -> float:
 
 
 def _problems(
-    policy: str, shape: KVShape, view: Sequence[LayerView], options: PlanOptions
+    policy: str,
+    shape: KVShape,
+    view: Sequence[LayerView],
+    options: PlanOptions,
+    code: Code,
 ) -> list[TokenProblem]:
     """One problem for each token range, or for each layer; without a view it is a dry run."""
     split = options.split or split_of(shape)
@@ -255,14 +362,28 @@ def _problems(
             for tokens in shape.token_ranges
         ]
     views = {layer.kv.layer_id: layer for layer in view}
-    return [
-        _problem(policy, group[0], [views[la.layer_id] for la in group if view], options, split)
+    problems = [
+        _problem(policy, group[0], [views[la.layer_id] for la in group if view], options, code)
         for group in groups
+    ]
+    problems = [replace(problem, split=split) for problem in problems]
+    return _without_int4(problems, shape, code) if code.no_int4 else problems
+
+
+def _without_int4(
+    problems: Sequence[TokenProblem], shape: KVShape, code: Code
+) -> list[TokenProblem]:
+    """One problem per layer: that of its token range, on the 2-tier curve where INT4 is off."""
+    plain = dict(zip(shape.token_ranges, problems, strict=True))
+    strict = {tokens: replace(problem, family=TWO_TIER) for tokens, problem in plain.items()}
+    return [
+        (strict if layer.layer_id in code.no_int4 else plain)[layer.token_range]
+        for layer in shape.layers
     ]
 
 
 def _problem(
-    policy: str, layer: LayerShape, view: Sequence[LayerView], options: PlanOptions, split: Split
+    policy: str, layer: LayerShape, view: Sequence[LayerView], options: PlanOptions, code: Code
 ) -> TokenProblem:
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
@@ -272,9 +393,8 @@ def _problem(
         family=row.family,
         order=order[~np.isin(order, protected)],
         protected=protected,
-        menu=options.menu,
-        pinned=_pinned(view, options.menu),
-        split=split,
+        menu=code.menu,
+        pinned=_pinned(view, code),
     )
 
 
@@ -301,12 +421,14 @@ def _protected(row: Policy, layer: LayerShape) -> NDArray[np.intp]:
     return np.union1d(sinks, recent) - start
 
 
-def _pinned(view: Sequence[LayerView], menu: tuple[Tier, ...]) -> Pinned:
+def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:
     """Rows that no quantised tier can hold, so that the plan keeps them native."""
     pinned: dict[int, dict[str, NDArray[np.bool_]]] = {}
     for layer in view:
+        given = code.conditioning.get(layer.kv.layer_id)
+        keys = None if given is None else Conditioned(given, layer.kv.positions.cpu())
         for name, x in layer.kv.components.items():
-            fits = quantisable(x, menu)
+            fits = quantisable(x, code.menu, keys if name == KEYS else None)
             if not fits.all():
                 pinned.setdefault(layer.kv.layer_id, {})[name] = ~fits
     return pinned

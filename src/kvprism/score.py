@@ -27,18 +27,27 @@ def window_attention(view: LayerView) -> torch.Tensor:
             f"layer {view.kv.layer_id}: window attention needs the queries of the last window; "
             "capture with window >= 1, or choose importance 'position' or 'norm'"
         )
-    keys = view.kv.components["k"].float()
+    # One key that is not finite would otherwise make the attention to every token NaN.
+    logits = torch.nan_to_num(attention_logits(view, view.kv.components["k"].float()))
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
+    """What the captured queries make of `keys` `[head, token, channel]`, in their dtype.
+
+    `[head, q_head of it, window, token]`; after a query stands the dtype's lowest number: its
+    probability is 0, and 0 times its logarithm is 0 too.
+    """
+    assert view.queries is not None
     heads, tokens, channels = keys.shape
-    queries = view.queries.float()
-    window = queries.shape[1]
-    logits = queries.reshape(heads, -1, channels) @ keys.transpose(1, 2) * view.softmax_scale
-    logits = logits.view(heads, -1, window, tokens)
+    window = view.queries.shape[1]
+    queries = view.queries.to(keys.dtype).reshape(heads, -1, channels)
+    logits = queries @ keys.transpose(1, 2) * view.softmax_scale
     if view.softcap is not None:
         logits = torch.tanh(logits / view.softcap) * view.softcap
+    logits = logits.view(heads, -1, window, tokens)
     future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tokens - window + 1)
-    # One key that is not finite would otherwise make the attention to every token NaN.
-    logits = torch.nan_to_num(logits).masked_fill(future, -math.inf)
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    return logits.masked_fill(future, torch.finfo(logits.dtype).min)
 
 
 def position(view: LayerView) -> torch.Tensor:

@@ -157,8 +157,15 @@ def _distinct_problems(planned: Planned) -> list[TokenProblem]:
     return list(dict.fromkeys(problem for problem, _ in planned))
 
 
+def _floor_of(problems: Sequence[TokenProblem]) -> float:
+    """The smallest b that all of their families reach."""
+    return max(problem.family.floor for problem in problems)
+
+
 class _Curve:
-    """The exact wire bytes of a family's members for some layers, and the search along them.
+    """The exact wire bytes of families' members for some layers, and the search along them.
+
+    All families take the same b.
 
     The bytes do not grow with b everywhere: a tier that comes to an end takes its padding and its
     bits of the tier map with it. `_least`, payload and bare framing, does grow and lies below them,
@@ -168,10 +175,10 @@ class _Curve:
     def __init__(self, planned: Planned, nbytes: Callable[[Sequence[LayerPlan]], int]) -> None:
         self._planned, self._nbytes = planned, nbytes
         self._problems = _distinct_problems(planned)
-        self._family = self._problems[0].family
+        self._floor = _floor_of(self._problems)
         n = max(len(problem.order) for problem in self._problems)
         # Balanced has the finest curve: one of its counts changes with every 5/8 of a token in b.
-        self._steps = range(8 * n + 1 if self._family.floor < 1 else 1)
+        self._steps = range(8 * n + 1 if self._floor < 1 else 1)
         self._token_nbytes = [
             _token_nbytes(problem, [layer for its, layer in planned if its is problem])
             for problem in self._problems
@@ -199,12 +206,11 @@ class _Curve:
         return self._b(next(step for step in steps if self._cost(step) <= given))
 
     def _b(self, step: int) -> float:
-        floor = self._family.floor
-        return floor + (1 - floor) * step / max(1, self._steps[-1])
+        return self._floor + (1 - self._floor) * step / max(1, self._steps[-1])
 
     def _counts(self, step: int) -> list[TierCounts]:
         b = self._b(step)
-        return [self._family.counts(b, len(problem.order)) for problem in self._problems]
+        return [problem.family.counts(b, len(problem.order)) for problem in self._problems]
 
     def _cost(self, step: int) -> int:
         return self._nbytes(_layers(self._planned, self._b(step)))
@@ -238,12 +244,14 @@ def _token_nbytes(problem: TokenProblem, layers: Sequence[LayerShape]) -> list[i
 def solve_prompt(problems: Sequence[TokenProblem], shape: KVShape, budget: Budget | None) -> Plan:
     """One tier per token for all layers that hold it: the largest b that fits the exact budget.
 
-    problems: one for each of `shape.token_ranges`. Layers of different ranges share b, not ranks:
-    a sliding window's attention over its few tokens does not compare with attention over all.
+    problems: one for each of `shape.token_ranges`, or one for each layer (the same object where
+    layers share it), so that layers of one range may follow different families. Layers of different
+    ranges share b, not ranks: a sliding window's attention over its few tokens does not compare
+    with attention over all.
 
     Raises:
         BudgetTooSmall: no member of the family fits; carries the minimum.
-        BadInput: not one problem per token range.
+        BadInput: not one problem per token range or layer.
     """
     b = 1.0
     if budget is not None:
@@ -260,32 +268,33 @@ def smallest_prompt(problems: Sequence[TokenProblem], shape: KVShape) -> int:
 
 
 def _prompt_curve(problems: Sequence[TokenProblem], shape: KVShape) -> _Curve:
-    planned, first = _by_range(problems, shape), problems[0]
+    planned, first = _assigned(problems, shape), problems[0]
     return _Curve(planned, lambda layers: stream_nbytes(layers, first.menu, first.split))
 
 
-def _by_range(problems: Sequence[TokenProblem], shape: KVShape) -> Planned:
-    """Every layer with the problem of its token range."""
+def _assigned(problems: Sequence[TokenProblem], shape: KVShape) -> Planned:
+    """Every layer with the problem of its token range, or its own."""
     found = shape.token_ranges
-    if len(problems) != len(found):
-        raise BadInput(
-            f"token ranges {list(found)} need one problem each, got {len(problems)} problems"
-        )
-    problem_of = dict(zip(found, problems, strict=True))
-    return [(problem_of[layer.token_range], layer) for layer in shape.layers]
+    if len(problems) == len(found):
+        problem_of = dict(zip(found, problems, strict=True))
+        return [(problem_of[layer.token_range], layer) for layer in shape.layers]
+    if len(problems) == len(shape.layers):
+        return list(zip(problems, shape.layers, strict=True))
+    raise BadInput(
+        f"token ranges {list(found)} need one problem each, or {len(shape.layers)} layers one "
+        f"each, got {len(problems)} problems"
+    )
 
 
 def solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
     """The paper's plan at nominal budget b: payload only, whatever the wire bytes come to.
 
     Raises:
-        BadInput: b below the family's floor or above 1, or not one problem per token range.
+        BadInput: b below a family's floor or above 1, or not one problem per token range or layer.
     """
-    planned, first = _by_range(problems, shape), problems[0]
-    if not first.family.floor <= b <= 1:
-        raise BadInput(
-            f"nominal budget {b} for {first.family.name}: expected {first.family.floor} to 1"
-        )
+    planned, first, floor = _assigned(problems, shape), problems[0], _floor_of(problems)
+    if not floor <= b <= 1:
+        raise BadInput(f"nominal budget {b} for {first.family.name}: expected {floor} to 1")
     return Plan(_layers(planned, b), first.menu, first.split, first.policy)
 
 

@@ -126,3 +126,42 @@ class LayerView:
                 f"layer {self.kv.layer_id}: expected queries [multiple of {heads} heads, 1 to "
                 f"{tokens} positions, {channels} channels], got {got}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class KeyConditioning:
+    """What makes one layer's keys easy to quantise, and can be undone.
+
+    offset: float32 `[head, channel]`, subtracted from the keys before RoPE; scale: float32
+    `[head, channel // 2]`, positive, what each pair of channels that RoPE turns together is divided
+    by; rotate: whether a Hadamard rotation over the channels follows; inverse_frequencies: float32
+    `[channel // 2]`, the model's RoPE in radians per position.
+
+    Raises:
+        ShapeMismatch: arrays that do not go together.
+        BadInput: values that are not finite, a scale that is not positive, or a rotation of a
+            number of channels that is no power of two.
+    """
+
+    offset: torch.Tensor
+    scale: torch.Tensor
+    inverse_frequencies: torch.Tensor
+    rotate: bool = False
+
+    def __post_init__(self) -> None:
+        heads, channels = self.offset.shape if self.offset.dim() == 2 else (0, 0)
+        expected = {"scale": [heads, channels // 2], "inverse_frequencies": [channels // 2]}
+        for name in ("offset", *expected):
+            x: torch.Tensor = getattr(self, name)
+            shape = expected.get(name, [heads, channels])
+            if not heads or channels % 2 or list(x.shape) != shape or x.dtype != torch.float32:
+                raise ShapeMismatch(
+                    f"key conditioning {name}: expected float32 {shape}, got {x.dtype} "
+                    f"{list(x.shape)}"
+                )
+            if not bool(x.isfinite().all()):
+                raise BadInput(f"key conditioning {name} has values that are not finite")
+        if not bool((self.scale > 0).all()):
+            raise BadInput("key conditioning divides by scales, which must be positive")
+        if self.rotate and channels & (channels - 1):
+            raise BadInput(f"a Hadamard rotation needs 2, 4, 8, ... channels, got {channels}")

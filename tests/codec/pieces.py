@@ -7,15 +7,18 @@ from strategies import cache, plan_of
 from kvprism.codec.stream import Encoded, encode_layer
 from kvprism.layout import Split
 from kvprism.plans import Plan, end_of
+from kvprism.profiles import Profile, conditioning_for
 from kvprism.tensors import RequestKV
 from kvprism.wire import frames
 from kvprism.wire.messages import Offer
 
 
-def pieces_of(kv: RequestKV, plan: Plan) -> list[Encoded]:
+def pieces_of(kv: RequestKV, plan: Plan, profile: Profile | None = None) -> list[Encoded]:
+    conditioning = conditioning_for(plan.shape, plan.menu, profile)
     pieces: list[Encoded] = []
     for layer, planned in zip(kv.layers, plan.layers, strict=True):
-        pieces += encode_layer(layer, planned, plan.menu, plan.split, len(pieces))
+        own = conditioning.get(layer.layer_id)
+        pieces += encode_layer(layer, planned, plan.menu, plan.split, len(pieces), own)
     return pieces
 
 

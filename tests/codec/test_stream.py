@@ -37,6 +37,7 @@ from kvprism.errors import (
 )
 from kvprism.layout import Split
 from kvprism.plans import Plan, offer_of
+from kvprism.profiles import Profile
 from kvprism.tensors import DTYPES, LayerKV, RequestKV
 from kvprism.wire import frames
 from kvprism.wire.messages import NOT_STATED, Manifest, Offer
@@ -253,10 +254,11 @@ def test_a_value_that_its_tier_cannot_hold_is_named_by_its_place_in_the_prompt(
 
 def test_the_offer_states_what_it_is_told() -> None:
     kv = cache()
-    stream = encode(kv, plan_of(kv, INT8), fingerprint=b"f" * 32, profile=b"p" * 32)
+    profile = Profile("ab" * 32)
+    stream = encode(kv, plan_of(kv, INT8), fingerprint=b"f" * 32, profile=profile)
     offer = next(parse(stream))
     assert isinstance(offer, Offer)
-    assert (offer.fingerprint, offer.profile) == (b"f" * 32, b"p" * 32)
+    assert (offer.fingerprint, offer.profile) == (b"f" * 32, profile.hash)
     assert offered_shape(offer) == kv.shape() and menu_of(offer) == MENU
     plain = next(parse(encode(kv, plan_of(kv, INT8))))
     assert isinstance(plain, Offer) and plain.fingerprint == plain.profile == NOT_STATED

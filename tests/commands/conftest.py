@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from strategies import cache, conditioning_of
 from typer.testing import CliRunner, Result
 
 from kvprism.cli import app
 from kvprism.evaluate.haystack import sentences
+from kvprism.integrations.hf import fingerprint, load, shape_of
+from kvprism.profiles import ProbeRecord, Profile
 
 Run = Callable[..., Result]
 
@@ -36,6 +39,23 @@ def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompt") / "prompt.txt"
     path.write_text(sentences(np.random.default_rng(1), 12))
     return path
+
+
+@pytest.fixture(scope="session")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Two profiles of the built-in model, and one of another model."""
+    model, tokenizer = load("tiny")
+    made = fingerprint(model, tokenizer).hex()
+    shape = shape_of(model, 16).layers
+    heads, channels = shape[0].components[0].heads, shape[0].components[0].channels
+    kv = cache(layers=len(shape), heads=heads, channels=channels)
+    probe = ProbeRecord("no", "yes", ("conditioned",) * len(shape), "as this test needs it")
+    folder = tmp_path_factory.mktemp("profiles")
+    paths = folder / "ours", folder / "theirs", folder / "of another model"
+    drawn = [conditioning_of(kv, seed=seed, offset=0.1) for seed in (0, 1)]
+    for path, name, given in zip(paths, (made, made, "ab" * 32), [*drawn, drawn[0]], strict=True):
+        Profile(name, None, given, probe).save(path)
+    return paths
 
 
 def read_json(path: Path) -> Any:

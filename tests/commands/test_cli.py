@@ -119,7 +119,7 @@ def test_the_smallest_budget_of_a_plan_is_feasible_and_one_byte_less_is_not(
     [
         (["--model", "none-such"], "unknown model 'none-such'; known: "),
         (["--policy", "best"], "unknown policy 'best'; known: raw, int8"),
-        (["--codec", "zip"], "unknown codec 'zip'; known: nested, published"),
+        (["--codec", "zip"], "unknown codec 'zip'; known: nested, conditioned, published"),
         (["--budget", "lots"], "budget 'lots' is none of 0.30, 30%, 512MiB, 512tok"),
         (["--budget", "0"], "a budget must be at least 1 byte"),
         (["--budget", "1%"], "budget too small for policy 'spectrum'"),

@@ -242,3 +242,28 @@ def test_files_that_hold_no_records_are_refused(run: Run, text: Path) -> None:
     result = run("eval", "compare", text)
     assert result.exit_code == 2
     assert "is not a file of kvprism evaluation records" in failure(result)
+
+
+def test_arms_take_the_profile(
+    run: Run, text: Path, profiles: tuple[Path, ...], tmp_path: Path
+) -> None:
+    ours, theirs, foreign = profiles
+    command = shlex.split(
+        "eval perplexity --model tiny --context 256 --continuation 16 --documents 1 "
+        "--policy spectrum,spectrum-conditioned,spectrum-adaptive --budget 0.35"
+    )
+    files = ["--text", text, "--json", tmp_path / "rows.json", "--records", tmp_path / "records"]
+    result = run(*command, "--profile", ours, *files)
+    assert result.exit_code == 0, result.output
+    rows = {
+        row["policy"]: row
+        for row in read_json(tmp_path / "rows.json")
+        if row["metric"] == "kl_mean"
+    }
+    assert rows["spectrum-conditioned"]["value"] == rows["spectrum-adaptive"]["value"]
+    assert rows["spectrum-conditioned"]["value"] != rows["spectrum"]["value"]
+    assert "saved" in failure(run(*command, "--profile", theirs, *files))
+    assert "ProfileMismatch: profile is for KV" in failure(
+        run(*command, "--profile", foreign, "--text", text)
+    )
+    assert "ProfileMismatch: kvp.conditioned/1 needs" in failure(run(*command, "--text", text))

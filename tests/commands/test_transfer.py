@@ -14,7 +14,7 @@ import pytest
 
 import kvprism
 from kvprism.commands.transfer import format_address, parse_address
-from kvprism.errors import BadInput
+from kvprism.errors import BadInput, ProfileMismatch
 
 from .conftest import Run, failure, read_json
 
@@ -64,6 +64,44 @@ def test_run_sends_saves_and_continues(run: Run, prompt: Path, tmp_path: Path) -
     assert len(kv.layers[0].positions) == done["kept_tokens"] == done["tiers"]["native"]
     assert result.stdout.endswith(done["text"] + "\n")
     assert {name for name in done if name.endswith("_ms")} <= set(done["definitions"])
+
+
+@pytest.mark.parametrize("policy", ["spectrum-conditioned", "spectrum-adaptive"])
+def test_run_conditions_keys_by_the_profile(
+    run: Run, prompt: Path, profiles: tuple[Path, ...], policy: str, tmp_path: Path
+) -> None:
+    saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
+    arguments = ["--profile", profiles[0], "--policy", policy, "--budget", "35%"]
+    result = run(
+        "run", "--file", prompt, *arguments, "--new-tokens", 2, "--save", saved, "--json", json
+    )
+    assert result.exit_code == 0, result.output
+    assert read_json(json)["wire_bytes"] == saved.stat().st_size
+    kvprism.decode(saved.read_bytes(), profile=kvprism.Profile.load(profiles[0]))
+    with pytest.raises(ProfileMismatch):
+        kvprism.decode(saved.read_bytes(), profile=kvprism.Profile.load(profiles[1]))
+
+
+def test_peers_with_different_profiles_never_send(
+    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...], tmp_path: Path
+) -> None:
+    ours, theirs, _ = profiles
+    send = ["prefill", "--file", prompt, "--token-file", token, "--budget", "40%"]
+    for given in ([], ["--profile", theirs]):
+        with decoding(prompt, token, "--profile", ours) as process:
+            result = run(*send, *given, "--to", address_of(process))
+            assert result.exit_code == 3
+            assert "Rejected: peer refused (profile): profile is" in failure(result)
+            process.communicate(timeout=20)
+            assert process.returncode == 3
+    json = tmp_path / "decode.json"
+    with decoding(prompt, token, "--profile", ours, "--new-tokens", 2, "--json", json) as process:
+        given = ["--profile", ours, "--policy", "spectrum-conditioned"]
+        sent = run(*send, *given, "--to", address_of(process))
+        assert sent.exit_code == 0, sent.output
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    assert 0.35 < read_json(json)["fraction"] <= 0.4
 
 
 def test_a_wrong_token_is_refused_and_the_right_one_then_served(
@@ -132,8 +170,33 @@ BAD_PREFILL: list[tuple[dict[str, Any], str]] = [
     ({"--budget": "1%"}, "budget too small for policy 'spectrum'"),
     ({"--importance": "luck"}, "unknown importance 'luck'"),
     ({"--model": "none-such"}, "unknown model 'none-such'"),
+    ({"--profile": "missing"}, "profile missing cannot be read"),
     ({"--cache-dtype": "int3"}, "unknown cache dtype 'int3'"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("which", "policy", "said"),
+    [
+        (None, "spectrum-conditioned", "ProfileMismatch: kvp.conditioned/1 needs the profile"),
+        (None, "spectrum-adaptive", "ProfileMismatch: policy 'spectrum-adaptive' follows a probe"),
+        (2, "spectrum", "ProfileMismatch: profile is for KV fingerprint abababab"),
+    ],
+)
+def test_a_profile_that_does_not_serve_is_found_before_anything_is_sent(
+    run: Run,
+    prompt: Path,
+    token: Path,
+    profiles: tuple[Path, ...],
+    which: int | None,
+    policy: str,
+    said: str,
+) -> None:
+    given = [] if which is None else ["--profile", profiles[which]]
+    arguments = ["--file", prompt, "--to", "127.0.0.1:9", "--token-file", token, *given]
+    result = run("prefill", *arguments, "--policy", policy, "--budget", "40%")
+    assert result.exit_code != 0
+    assert said in failure(result)
 
 
 @pytest.mark.parametrize(("changed", "said"), BAD_PREFILL, ids=lambda each: str(each))

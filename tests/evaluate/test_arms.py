@@ -2,16 +2,19 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from strategies import conditioning_of
 
-from kvprism.errors import BadInput, BudgetTooSmall, UnknownName
-from kvprism.evaluate.arms import Arm, arms_of, policy_budget, through_the_wire
+from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch, UnknownName
+from kvprism.evaluate.arms import Arm, SavedProfile, arms_of, policy_budget, through_the_wire
 from kvprism.evaluate.haystack import generated_ids
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.integrations.hf import capture
 from kvprism.policies import POLICIES, PlanOptions
+from kvprism.profiles import ProbeRecord, Profile
 
 
 def names(arms: tuple[Arm, ...]) -> list[tuple[str, Any]]:
@@ -73,10 +76,28 @@ def captured(subject: LoadedModel) -> Any:
     return capture(subject.model, ids, cache_dtype=torch.bfloat16)
 
 
+@pytest.fixture(scope="module")
+def saved(captured: Any, tmp_path_factory: pytest.TempPathFactory) -> SavedProfile:
+    conditioning = conditioning_of(captured[0], offset=0.1)
+    probe = ProbeRecord("no", "yes", ("conditioned",) * len(conditioning), "a test says so")
+    path = tmp_path_factory.mktemp("profile") / "tiny.json"
+    Profile("ab" * 32, None, conditioning, probe).save(path)
+    return SavedProfile.named(path)
+
+
+def test_a_profile_that_changes_during_a_run_is_refused(saved: SavedProfile) -> None:
+    stated = msgspec.json.decode(msgspec.json.encode(Arm("spectrum", 0.3, saved=saved)))
+    assert stated["saved"] == {"path": saved.path, "hash": saved.profile.hash.hex()}
+    with pytest.raises(ProfileMismatch, match=r"is now profile .*, it was 0000"):
+        assert SavedProfile(saved.path, "00" * 32).profile
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
-def test_every_policy_comes_back_within_its_budget(captured: Any, policy: str) -> None:
+def test_every_policy_comes_back_within_its_budget(
+    captured: Any, policy: str, saved: SavedProfile
+) -> None:
     kv, view = captured
-    for arm in arms_of([policy], ["0.40"])[1:]:
+    for arm in arms_of([policy], ["0.40"], saved=saved)[1:]:
         restored, plan = through_the_wire(kv, view, arm)
         assert restored.next_position == 300
         assert arm.fixed_rate or 0.38 < plan.fraction <= 0.40

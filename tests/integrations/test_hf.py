@@ -110,6 +110,50 @@ def test_an_attention_implementation_that_cannot_be_wrapped_is_refused(llama):
         hf.capture(llama, tokens(5))
 
 
+# RoPE
+
+
+def test_rope_frequencies_are_those_that_turned_the_keys(model):
+    found = hf.rope_frequencies(model)
+    layer = model.model.layers[0].self_attn
+    expected = recompute.frequencies(model.config.rope_parameters, layer.head_dim // 2)
+    assert found.dtype == torch.float32
+    # theta to the power of -i / half and Llama 3.1's blend: a dozen float32 roundings.
+    torch.testing.assert_close(found, expected.float(), rtol=12 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "original_max_position_embeddings": 128,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_frequencies_that_follow_the_length_are_refused(llama, rope):
+    config = llama.config.from_dict(
+        llama.config.to_dict() | {"rope_parameters": rope | {"rope_theta": 10000.0}}
+    )
+    with pytest.raises(Unsupported, match=f"'{rope['rope_type']}'.*length of the prompt"):
+        hf.rope_frequencies(type(llama)(config))
+
+
+def test_frequencies_of_a_part_of_the_channels_or_of_some_layers_are_refused(llama):
+    rotary = llama.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq[:6]
+    with pytest.raises(Unsupported, match="over 12 of 16 channels"):
+        hf.rope_frequencies(llama)
+    rotary.rope_type = {"full_attention": "default", "sliding_attention": "linear"}
+    with pytest.raises(Unsupported, match="one for all layers"):
+        hf.rope_frequencies(llama)
+
+
 # Loading
 
 

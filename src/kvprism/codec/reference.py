@@ -6,18 +6,24 @@
 3. u = q + 8; anchor a = u >> 4 in [-7, 7], residual r = u & 15.
 4. INT8 decodes to q * s = (16 a + r - 8) * s, INT4 to (16 a - 1/2) * s, the mean over r.
 
+`kvp.conditioned/1` is the same code, but step 1 takes keys as `condition` leaves them, and what
+step 4 gives is put back by `restore`, before it is rounded to the cache's dtype.
+
 `kvp.absmax/1` is the papers' code (SpectrumKV section 3: scale = absmax / qmax, qmax 127 or 7).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvprism.core import DROP_CODEC, NATIVE_CODEC, NESTED_CODEC, Tier
+from kvprism.codec.condition import condition, restore
+from kvprism.core import ABSMAX_CODEC, DROP_CODEC, NATIVE_CODEC, Tier
 from kvprism.errors import CodecError
 from kvprism.layout import Plane, TierArray, rows_in
+from kvprism.tensors import KeyConditioning
 
 NESTED_LEVELS = 119
 ABSMAX_LEVELS = {8: 127, 4: 7}
@@ -25,19 +31,53 @@ FLOAT16_MAX = 65504.0
 _ANCHOR_SHIFT, _RESIDUAL_MASK, _BIAS = 4, 15, 8
 
 
-def quantisable(x: torch.Tensor, menu: Sequence[Tier]) -> NDArray[np.bool_]:
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """The key conditioning of one block: of its heads, at its tokens' int64 `[token]` positions."""
+
+    conditioning: KeyConditioning
+    positions: torch.Tensor
+
+    def condition(self, x: torch.Tensor) -> torch.Tensor:
+        """`[head, token, channel]` keys -> what is quantised, float32."""
+        return condition(x, self.positions, self.conditioning)
+
+    def restore(self, x: torch.Tensor) -> torch.Tensor:
+        """What was dequantised -> `[head, token, channel]` keys, float32."""
+        return restore(x, self.positions, self.conditioning)
+
+    def largest_restored(self, absmax: torch.Tensor) -> torch.Tensor:
+        """float64 `[head, token]`: no restored value exceeds it when no dequantised one `absmax`.
+
+        A rotation may gather a row in one channel, sqrt(channels) times as large; RoPE may gather a
+        pair in one of its channels, sqrt(2) times as large.
+        """
+        given = self.conditioning
+        gathered = given.offset.shape[-1] ** 0.5 if given.rotate else 1.0
+        scale, offset = (x.double().abs().amax(dim=-1) for x in (given.scale, given.offset))
+        return 2**0.5 * (absmax.double() * gathered * scale[:, None] + offset[:, None])
+
+
+def quantisable(
+    x: torch.Tensor, menu: Sequence[Tier], conditioned: Conditioned | None = None
+) -> NDArray[np.bool_]:
     """`[head, token]`: rows that a quantised tier may hold.
 
-    They are finite, their scale is within float16, what is restored within the dtype of `x`.
+    What is quantised is finite, its scale is within float16, and what is restored is within the
+    dtype of `x`; conditioned: how the rows are conditioned before they are quantised, if they are.
     """
-    absmax = x.abs().amax(dim=-1).float().cpu()
-    if quantised_codec(menu) == NESTED_CODEC:
+    largest = torch.finfo(x.dtype).max
+    quantised = x if conditioned is None else conditioned.condition(x.cpu())
+    absmax = quantised.abs().amax(dim=-1).float().cpu()
+    if quantised_codec(menu) != ABSMAX_CODEC:
         fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
+        if conditioned is not None:
+            restored = NESTED_LEVELS * nested_scale(absmax).double()
+            # float32 rounding, far below 2^-16 of the largest value on the way back.
+            fits &= conditioned.largest_restored(restored) * (1 + 2**-16) <= largest
     else:
         # A scale rounded to nearest may be half a float16 ulp more: 65504 would come back infinite.
-        fits = (absmax / ABSMAX_LEVELS[4] <= FLOAT16_MAX) & (
-            absmax * (1 + 2**-11) <= torch.finfo(x.dtype).max
-        )
+        fits = (absmax / ABSMAX_LEVELS[4] <= FLOAT16_MAX) & (absmax * (1 + 2**-11) <= largest)
     result: NDArray[np.bool_] = fits.numpy()
     return result
 
@@ -48,12 +88,13 @@ def encode_into(
     menu: Sequence[Tier],
     planes: Mapping[Plane, memoryview],
     first: tuple[int, int] = (0, 0),
+    conditioned: Conditioned | None = None,
 ) -> None:
     """Write every plane of one block.
 
     x: `[head, token, channel]`; tier_of: uint8 `[head, token]`; planes: writable buffers of exactly
     the sizes that `layout.plane_nbytes` gives; first: the numbers of the first head and token, for
-    errors.
+    errors; conditioned: how quantised rows are conditioned, if they are.
 
     Raises:
         CodecError: a non-finite value or a scale beyond float16 in a quantised tier.
@@ -64,24 +105,28 @@ def encode_into(
         _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
     if Plane.SCALE not in planes:
         return
-    _refuse_unquantisable(x, tier_of, menu, first)
+    _refuse_unquantisable(x, tier_of, menu, first, conditioned)
+    if conditioned is not None:
+        rows = conditioned.condition(x).view(rows.shape)
     chosen = _rows(Plane.SCALE, tier_of, menu)
     bits = _bits(tier_of, menu)[chosen]
-    if quantised_codec(menu) == NESTED_CODEC:
-        _encode_nested(rows[chosen].float(), bits, planes)
-    else:
-        _encode_absmax(rows[chosen].float(), bits, planes)
+    encode = _encode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _encode_nested
+    encode(rows[chosen].float(), bits, planes)
 
 
 def decode_into(
-    planes: Mapping[Plane, memoryview], tier_of: TierArray, menu: Sequence[Tier], out: torch.Tensor
+    planes: Mapping[Plane, memoryview],
+    tier_of: TierArray,
+    menu: Sequence[Tier],
+    out: torch.Tensor,
+    conditioned: Conditioned | None = None,
 ) -> None:
     """Restore every row of one block that was not dropped into `out` `[head, token, channel]`.
 
-    Rows of dropped tokens are left as they are.
+    Rows of dropped tokens are left as they are. conditioned: as in `encode_into`.
 
     Raises:
-        CodecError: a scale that is negative or not finite.
+        CodecError: a scale that is negative or not finite, or a restored value that is not finite.
     """
     rows = out.view(-1, out.shape[-1])
     channels = out.shape[-1]
@@ -97,8 +142,26 @@ def decode_into(
         raise CodecError(
             "a scale is negative or not finite: the planes were not made by this codec"
         )
-    decode = _decode_nested if quantised_codec(menu) == NESTED_CODEC else _decode_absmax
-    rows[chosen] = (decode(planes, bits, channels) * scale).to(out.dtype)
+    decode = _decode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _decode_nested
+    values = decode(planes, bits, channels) * scale
+    if conditioned is not None:
+        values = _restored(values, chosen, out, conditioned)
+    rows[chosen] = values.to(out.dtype)
+
+
+def _restored(
+    values: torch.Tensor, chosen: torch.Tensor, out: torch.Tensor, conditioned: Conditioned
+) -> torch.Tensor:
+    """Dequantised rows, those of `chosen`, back as keys."""
+    block = torch.zeros(len(chosen), values.shape[-1])
+    block[chosen] = values
+    rows = conditioned.restore(block.view(out.shape)).view(block.shape)[chosen]
+    if not bool((rows.abs() <= torch.finfo(out.dtype).max).all()):
+        raise CodecError(
+            f"a restored key is beyond {out.dtype}: the planes were not made by this codec with "
+            "this profile"
+        )
+    return rows
 
 
 def quantised_codec(menu: Sequence[Tier]) -> str:
@@ -204,9 +267,13 @@ def _read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _refuse_unquantisable(
-    x: torch.Tensor, tier_of: TierArray, menu: Sequence[Tier], first: tuple[int, int]
+    x: torch.Tensor,
+    tier_of: TierArray,
+    menu: Sequence[Tier],
+    first: tuple[int, int],
+    conditioned: Conditioned | None,
 ) -> None:
-    bad = rows_in(Plane.SCALE, tier_of, menu) & ~quantisable(x, menu)
+    bad = rows_in(Plane.SCALE, tier_of, menu) & ~quantisable(x, menu, conditioned)
     if bad.any():
         head, token = np.argwhere(bad)[0]
         tier = menu[tier_of[head, token]]

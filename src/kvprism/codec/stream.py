@@ -5,7 +5,7 @@ its segments, then end. `plan.nbytes == len(encode(kv, plan))`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import msgspec
@@ -13,13 +13,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvprism.codec.reference import decode_into, encode_into
-from kvprism.core import ComponentShape, KVShape, LayerShape, Tier
+from kvprism.codec.reference import Conditioned, decode_into, encode_into
+from kvprism.core import (
+    CONDITIONED_CODEC,
+    KEYS,
+    ComponentShape,
+    KVShape,
+    LayerShape,
+    Tier,
+)
 from kvprism.errors import (
     BadInput,
     CodecError,
     LimitExceeded,
     PositionMismatch,
+    ProfileMismatch,
     ProtocolViolation,
     ShapeMismatch,
 )
@@ -33,7 +41,8 @@ from kvprism.layout import (
     unpack_tier_map,
 )
 from kvprism.plans import LayerPlan, Plan, end_of, manifests_of, offer_of, tiers_in
-from kvprism.tensors import DTYPES, LayerKV, RequestKV
+from kvprism.profiles import Profile, conditioning_for, stated_hash
+from kvprism.tensors import DTYPES, KeyConditioning, LayerKV, RequestKV
 from kvprism.wire import frames
 from kvprism.wire.messages import NO_ID, NOT_STATED, Block, Manifest, Offer, Segment, TierMap
 from kvprism.wire.session import FileSession
@@ -56,8 +65,9 @@ def encode_layer(
     menu: Sequence[Tier],
     split: Split = WHOLE,
     first_sequence: int = 0,
+    conditioning: KeyConditioning | None = None,
 ) -> Iterator[Encoded]:
-    """Encode one layer, manifest by manifest.
+    """Encode one layer, manifest by manifest; conditioning: of its quantised keys, if they are.
 
     Raises:
         ShapeMismatch: the tensors are not those that were planned.
@@ -70,7 +80,8 @@ def encode_layer(
         blocks = []
         for block in manifest.blocks:
             planes = {Plane(segment.plane): area[next(slices)] for segment in block.segments}
-            _encode_block(kv, layer, block, menu, planes)
+            conditioned = _conditioned(block, conditioning)
+            _encode_block(kv, layer, block, menu, planes, conditioned)
             blocks.append(_with_digests(block, planes))
         yield Encoded(msgspec.structs.replace(manifest, blocks=tuple(blocks)), area)
 
@@ -81,15 +92,25 @@ def _encode_block(
     block: Block,
     menu: Sequence[Tier],
     planes: dict[Plane, memoryview],
+    conditioned: Conditioned | None,
 ) -> None:
     start = layer.shape.token_range[0]
     x = kv.components[block.component]
     x = x[slice(*block.heads), block.tokens[0] - start : block.tokens[1] - start]
     tiers = tiers_in(layer, block.component, block.heads, block.tokens)
     try:
-        encode_into(x, tiers, menu, planes, (block.heads[0], block.tokens[0]))
+        encode_into(x, tiers, menu, planes, (block.heads[0], block.tokens[0]), conditioned)
     except CodecError as error:
         raise _at(block, error) from error
+
+
+def _conditioned(block: Block, conditioning: KeyConditioning | None) -> Conditioned | None:
+    """How the quantised rows of a block are conditioned, if they are: keys alone."""
+    if conditioning is None or block.component != KEYS:
+        return None
+    heads = slice(*block.heads)
+    own = replace(conditioning, offset=conditioning.offset[heads], scale=conditioning.scale[heads])
+    return Conditioned(own, torch.arange(*block.tokens))
 
 
 def _at(block: Block, error: CodecError) -> CodecError:
@@ -104,21 +125,31 @@ def _with_digests(block: Block, planes: dict[Plane, memoryview]) -> Block:
 
 
 def encode(
-    kv: RequestKV, plan: Plan, *, fingerprint: bytes = NOT_STATED, profile: bytes = NOT_STATED
+    kv: RequestKV,
+    plan: Plan,
+    *,
+    fingerprint: bytes = NOT_STATED,
+    profile: Profile | None = None,
 ) -> bytes:
     """The whole request as one stream; the file format of `docs/format.md`.
 
+    profile: stated by its hash; the conditioned code takes its key conditioning.
+
     Raises:
         ShapeMismatch, PositionMismatch: the plan is for another cache.
+        ProfileMismatch: the conditioned code without a profile for this cache.
         CodecError: a value that its tier cannot hold.
     """
     check_planned(kv, plan)
+    conditioning = conditioning_for(plan.shape, plan.menu, profile)
+    stated = stated_hash(profile)
     # One growing buffer that is given away without a copy: the encoded request is held once.
     stream = BytesIO()
-    stream.write(frames.pack(offer_of(plan.shape, plan.menu, NO_ID, fingerprint, profile)))
+    stream.write(frames.pack(offer_of(plan.shape, plan.menu, NO_ID, fingerprint, stated)))
     sequence = 0
     for layer_kv, layer in zip(kv.layers, plan.layers, strict=True):
-        for encoded in encode_layer(layer_kv, layer, plan.menu, plan.split, sequence):
+        own = conditioning.get(layer_kv.layer_id)
+        for encoded in encode_layer(layer_kv, layer, plan.menu, plan.split, sequence, own):
             stream.write(frames.pack(encoded.manifest))
             stream.write(encoded.area)
             sequence += 1
@@ -153,10 +184,18 @@ def check_layer(kv: LayerKV, planned: LayerShape) -> None:
         raise ShapeMismatch(f"the plan is for {planned}, the cache has {kv.shape()}; plan it anew")
 
 
-def decode(stream: bytes | memoryview, *, max_nbytes: int = MAX_REQUEST_NBYTES) -> RequestKV:
+def decode(
+    stream: bytes | memoryview,
+    *,
+    profile: Profile | None = None,
+    max_nbytes: int = MAX_REQUEST_NBYTES,
+) -> RequestKV:
     """Restore a request from its stream; tokens that were dropped are absent.
 
+    profile: that of the encoder, which the conditioned code needs; the others do not look at it.
+
     Raises:
+        ProfileMismatch: the conditioned code, and not with this profile.
         WireError: not a complete, undamaged stream (`Truncated`, `Damaged`, `LimitExceeded`, ...).
         CodecError: planes that no codec of ours made.
     """
@@ -165,7 +204,7 @@ def decode(stream: bytes | memoryview, *, max_nbytes: int = MAX_REQUEST_NBYTES) 
     for event in parse(stream):
         session.handle(event)
         if isinstance(event, Offer):
-            assembler = Assembler(event, max_nbytes)
+            assembler = Assembler(event, max_nbytes, profile)
         elif isinstance(event, Segments) and assembler is not None:
             assembler.add(event)
     session.close()
@@ -206,8 +245,29 @@ def menu_of(offer: Offer) -> tuple[Tier, ...]:
     return tuple(Tier(entry.name, entry.codec, entry.bits) for entry in offer.menu)
 
 
+def offered_conditioning(offer: Offer, profile: Profile | None) -> dict[int, KeyConditioning]:
+    """The layers whose quantised keys come conditioned by `profile`.
+
+    Raises:
+        ProfileMismatch: the conditioned code, and the offer states another profile than this one.
+    """
+    menu = menu_of(offer)
+    if (
+        profile is not None
+        and profile.hash != offer.profile
+        and CONDITIONED_CODEC in {tier.codec for tier in menu}
+    ):
+        raise ProfileMismatch(
+            f"the stream was made with profile {offer.profile.hex()[:16]}..., this one is "
+            f"{profile.hash.hex()[:16]}...; decode with the profile of the encoder"
+        )
+    return conditioning_for(offered_shape(offer), menu, profile)
+
+
 class Assembler:
     """Restores a request from its pieces, in any order, straight into the destination tensors.
+
+    profile: for the conditioned code, as in `decode`.
 
     Whether the pieces tile the offered area is the session's business (`wire.intake`).
 
@@ -215,9 +275,15 @@ class Assembler:
         ProtocolViolation: the offer describes no cache, or a menu that is not legal for it.
         Unsupported: a tier that is not built.
         LimitExceeded: the offered cache is larger than `max_nbytes`; nothing was allocated.
+        ProfileMismatch: as `decode`.
     """
 
-    def __init__(self, offer: Offer, max_nbytes: int = MAX_REQUEST_NBYTES) -> None:
+    def __init__(
+        self,
+        offer: Offer,
+        max_nbytes: int = MAX_REQUEST_NBYTES,
+        profile: Profile | None = None,
+    ) -> None:
         self.shape = offered_shape(offer)
         self.menu = menu_of(offer)
         if self.shape.native_nbytes > max_nbytes:
@@ -225,6 +291,7 @@ class Assembler:
                 f"the offer decodes to {self.shape.native_nbytes} bytes, at most {max_nbytes} are "
                 "allowed here"
             )
+        self._conditioning = offered_conditioning(offer, profile)
         self._layers = {layer.layer_id: _LayerDestination(layer) for layer in self.shape.layers}
 
     def add(self, segments: Segments) -> None:
@@ -257,8 +324,10 @@ class Assembler:
         out = destination.rows(block)
         # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
         dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
+        named = {Plane(plane): data for plane, data in planes.items()}
+        conditioned = _conditioned(block, self._conditioning.get(block.layer))
         try:
-            decode_into({Plane(p): data for p, data in planes.items()}, tiers, self.menu, dense)
+            decode_into(named, tiers, self.menu, dense, conditioned)
         except CodecError as error:
             raise _at(block, error) from error
         if dense is not out:

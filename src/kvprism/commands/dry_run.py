@@ -11,6 +11,7 @@ from kvprism.integrations import hf
 from kvprism.layout import row_nbytes
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, PlanOptions, plan_shape, smallest_nbytes
+from kvprism.profiles import Profile
 
 _BITS_PER_S = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9}
 
@@ -32,7 +33,11 @@ def link_bytes_per_s(text: str) -> float:
 
 
 def plan_without_prompt(
-    shape: KVShape, policy: str, budget: str | None, options: PlanOptions
+    shape: KVShape,
+    policy: str,
+    budget: str | None,
+    options: PlanOptions,
+    profile: Profile | None = None,
 ) -> Plan:
     """The sizes of a plan, and every error that needs no prompt, before minutes of work.
 
@@ -40,8 +45,9 @@ def plan_without_prompt(
         UnknownName: no such policy.
         BadInput: a malformed budget, or none where one is needed.
         BudgetTooSmall: nothing legal fits.
+        ProfileMismatch: the policy needs a profile that is not given, or lacks what it needs.
     """
-    planned = plan_shape(shape, policy, budget, options)
+    planned = plan_shape(shape, policy, budget, options, profile)
     given = math.inf if budget is None else Budget.parse(budget, shape).nbytes
     if planned.nbytes > given:  # a fixed rate
         raise BudgetTooSmall(policy, planned.nbytes, int(given), shape.reference_nbytes)

@@ -15,6 +15,7 @@ from kvprism.commands.options import (
     Model,
     Policies,
     PolicyName,
+    ProfileFile,
     Records,
     Seed,
 )
@@ -48,6 +49,7 @@ def perplexity(
     budget: Budgets = "0.30,0.52",
     importance: Importance = "attention",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     records: Records = None,
@@ -65,7 +67,7 @@ def perplexity(
         task = run_perplexity(
             model,
             text,
-            arms=parse_arms(policy, budget, importance, codec, seed),
+            arms=parse_arms(policy, budget, importance, codec, seed, profile),
             context=context,
             continuation=continuation,
             n_documents=documents,
@@ -93,6 +95,7 @@ def needle(
     haystack: Haystack = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     records: Records = None,
@@ -109,7 +112,7 @@ def needle(
 
         task = run_needle(
             model,
-            arms=parse_arms(policy, budget, importance, codec, seed),
+            arms=parse_arms(policy, budget, importance, codec, seed, profile),
             lengths=numbers(length, "--length"),
             depths=depths,
             trials=trials,
@@ -143,6 +146,7 @@ def ruler(
     haystack: Haystack = None,
     importance: Importance = "attention",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     records: Records = None,
@@ -160,7 +164,7 @@ def ruler(
         suite = run_ruler(
             model,
             task,
-            arms=parse_arms(policy, budget, importance, codec, seed),
+            arms=parse_arms(policy, budget, importance, codec, seed, profile),
             lengths=numbers(length, "--length"),
             trials=trials,
             seed=seed,

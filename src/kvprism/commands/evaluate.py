@@ -9,7 +9,7 @@ import msgspec
 
 from kvprism.commands import console
 from kvprism.errors import BadInput
-from kvprism.evaluate.arms import RAW, Arm, arms_of
+from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.perplexity import Perplexity
@@ -18,7 +18,8 @@ from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
-from kvprism.policies import PlanOptions
+from kvprism.integrations.hf import load_config, shape_of
+from kvprism.policies import PlanOptions, code_of
 
 
 class Heading(NamedTuple):
@@ -72,30 +73,35 @@ def numbers(text: str, what: str) -> list[int]:
 
 
 def parse_arms(
-    policies: str, budgets: str, importance: str, codec: str, seed: int
+    policies: str,
+    budgets: str,
+    importance: str,
+    codec: str,
+    seed: int,
+    profile: Path | None = None,
 ) -> tuple[Arm, ...]:
     """The arms that the command line names.
 
     Raises:
         UnknownName: no such policy, importance or codec.
-        BadInput: a budgeted policy and no budget.
+        BadInput: a budgeted policy and no budget, or a file that is no profile.
+        ProfileMismatch: a profile that was edited, or of another version.
     """
     options = PlanOptions(importance=importance, codec=codec, seed=seed)
+    saved = None if profile is None else SavedProfile.named(profile)
     names = [name.strip() for name in policies.split(",") if name.strip()]
-    return arms_of(names, [b for b in budgets.split(",") if b.strip()], options)
+    return arms_of(names, [b for b in budgets.split(",") if b.strip()], options, saved)
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
     """The task that `kvprism eval perplexity` asks for."""
     read_text(text)  # an unreadable file is found before the model is loaded
-    with console.status(f"loading {model}"):
-        return Perplexity(LoadedModel.load(model), text, **settings)
+    return Perplexity(_loaded(model, settings["arms"]), text, **settings)
 
 
 def run_needle(model: str, **settings: Any) -> Needle:
     """The task that `kvprism eval needle` asks for."""
-    with console.status(f"loading {model}"):
-        return Needle(LoadedModel.load(model), **settings)
+    return Needle(_loaded(model, settings["arms"]), **settings)
 
 
 def run_ruler(model: str, tasks: str | None, **settings: Any) -> Ruler:
@@ -103,8 +109,23 @@ def run_ruler(model: str, tasks: str | None, **settings: Any) -> Ruler:
     names = list(SUBTASKS) if tasks is None else [name.strip() for name in tasks.split(",")]
     for name in names:  # an unknown one is found before the model is loaded
         SUBTASKS[name]
-    with console.status(f"loading {model}"):
-        return Ruler(LoadedModel.load(model), subtasks=names, **settings)
+    return Ruler(_loaded(model, settings["arms"]), subtasks=names, **settings)
+
+
+def _loaded(name: str, arms: Sequence[Arm]) -> LoadedModel:
+    """The model, once its arms have what they need of the profile.
+
+    Raises:
+        ProfileMismatch: a profile of another model, or one that lacks what an arm needs.
+    """
+    with console.status(f"loading {name}"):
+        shape = shape_of(load_config(name), 1)
+        for arm in arms:
+            code_of(shape, arm.policy, arm.options, arm.profile)
+        subject = LoadedModel.load(name)
+    for profile in {arm.profile for arm in arms if arm.profile is not None}:
+        profile.check(bytes.fromhex(subject.fingerprint))
+    return subject
 
 
 def measure_and_show(task: Task, records: Path | None, json: Path | None) -> None:

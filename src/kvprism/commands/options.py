@@ -43,7 +43,15 @@ Importance = Annotated[
 ]
 Codec = Annotated[
     str,
-    typer.Option("--codec", help="The code of INT8 and INT4: nested, or the papers' published."),
+    typer.Option(
+        "--codec", help="The code of INT8 and INT4: nested, conditioned, or the papers' published."
+    ),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", help="The model's profile; both sides need the same, or none on either side."
+    ),
 ]
 CacheDtype = Annotated[
     str,

@@ -17,7 +17,8 @@ from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 from kvprism.integrations.worker import Pair
-from kvprism.policies import PlanOptions
+from kvprism.policies import PlanOptions, code_of
+from kvprism.profiles import Profile
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
 
@@ -51,10 +52,22 @@ def read_prompt(model: str, file: Path, tokens: int | None, new_tokens: int = 0)
 
 
 def _check_plan(
-    model: str, ids: list[int], policy: str, budget: str | None, options: Mapping[str, Any]
+    model: str,
+    ids: list[int],
+    policy: str,
+    budget: str | None,
+    options: Mapping[str, Any],
+    profile: Profile | None,
 ) -> None:
-    shape = hf.shape_of(hf.load_config(model), len(ids) - 1)
-    plan_without_prompt(shape, policy, budget, PlanOptions(**options))
+    """Every error that needs no weights, before minutes of work."""
+    shape, given = hf.shape_of(hf.load_config(model), len(ids) - 1), PlanOptions(**options)
+    code_of(shape, policy, given, profile)
+    plan_without_prompt(shape, policy, budget, given, profile)
+
+
+def load_profile(path: Path | None) -> Profile | None:
+    """The profile, if one is named; errors as `Profile.load`."""
+    return None if path is None else Profile.load(path)
 
 
 def run_file(
@@ -69,17 +82,19 @@ def run_file(
     new_tokens: int,
     save: Path | None,
     say: Say,
+    profile: Path | None = None,
 ) -> Result:
     """Prefill a text in one process, send it under one policy, and continue it in the other.
 
-    pair: two workers that may still be loading `model`.
+    pair: two workers that may still be loading `model`, and the same `profile`.
 
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`.
+        ProfileMismatch: a profile of another model, or one that lacks what the policy needs.
         PeerLost, PeerSilent: a worker died, or stands still.
     """
     ids = read_prompt(model, file, tokens, new_tokens)
-    _check_plan(model, ids, policy, budget, options)
+    _check_plan(model, ids, policy, budget, options, load_profile(profile))
     pair.ready()
     say("prefilling")
     result = pair.call(pair.prefill, "prefill", ids=ids)
@@ -110,18 +125,20 @@ def prefill_here(
     cache_dtype: str,
     allow_remote: bool,
     say: Say,
+    profile: Path | None = None,
 ) -> Result:
     """Connect to a decode side, prefill a text here, and send its cache there.
 
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`; a bad address or token file.
         TransportError: nobody listens there, or it does not hold our token, or it went away.
-        Rejected: the other side runs another model.
+        ProfileMismatch: a profile of another model, or one that lacks what the policy needs.
+        Rejected: the other side runs another model, or has another profile.
     """
-    address, token = parse_address(to), load_token(token_file)
+    address, token, shared = parse_address(to), load_token(token_file), load_profile(profile)
     ids = read_prompt(model, file, tokens)
-    _check_plan(model, ids, policy, budget, options)
-    worker = PrefillWorker(model, token, cache_dtype)
+    _check_plan(model, ids, policy, budget, options, shared)
+    worker = PrefillWorker(model, token, cache_dtype, shared)
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
@@ -145,6 +162,7 @@ def decode_here(
     timeout_s: float,
     allow_remote: bool,
     say: Say,
+    profile: Path | None = None,
 ) -> Result:
     """Listen, take the prompt's cache from a prefill side, and continue it here.
 
@@ -153,12 +171,14 @@ def decode_here(
         AddressInUse: the port is taken.
         PeerSilent, PeerLost: no cache came in time, or the other side went away in the middle.
         PositionMismatch: the cache is of a longer or a shorter prompt.
+        ProfileMismatch: a profile of another model.
     """
-    token = load_token(token_file)
+    token, shared = load_token(token_file), load_profile(profile)
     with tcp.listen(host, port, allow_remote=allow_remote):
         pass  # a port that is taken is found before the model is loaded
     ids = read_prompt(model, file, tokens, new_tokens)
-    with DecodeWorker(model, token, host=host, port=port, allow_remote=allow_remote) as worker:
+    at: dict[str, Any] = {"host": host, "port": port, "allow_remote": allow_remote}
+    with DecodeWorker(model, token, profile=shared, **at) as worker:
         address = format_address(*worker.address())
         console.say(f"listening on {address}")
         say("waiting for a cache")

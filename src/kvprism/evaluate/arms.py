@@ -3,12 +3,15 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from kvprism.codec.stream import decode, encode
 from kvprism.core import Budget, KVShape
-from kvprism.errors import BadInput
+from kvprism.errors import BadInput, ProfileMismatch
 from kvprism.plans import Plan
 from kvprism.policies import DEFAULT_OPTIONS, POLICIES, PlanOptions, plan
+from kvprism.profiles import Profile
 from kvprism.tensors import LayerView, RequestKV
 
 RAW = "raw"
@@ -16,8 +19,34 @@ _ANY_SHAPE = KVShape.dense(layers=1, heads=1, channels=2**20, tokens=2**10)
 
 
 @dataclass(frozen=True)
+class SavedProfile:
+    """A profile as records name it: its file, and its hash in hex."""
+
+    path: str
+    hash: str
+
+    @classmethod
+    def named(cls, path: Path) -> "SavedProfile":
+        """What is in a file now; errors as `Profile.load`."""
+        return cls(str(path), Profile.load(path).hash.hex())
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Read again; `ProfileMismatch` if the file has changed in the meantime."""
+        profile = Profile.load(Path(self.path))
+        if profile.hash.hex() != self.hash:
+            raise ProfileMismatch(
+                f"{self.path} is now profile {profile.hash.hex()[:16]}..., it was "
+                f"{self.hash[:16]}... when the run began; begin again"
+            )
+        return profile
+
+
+@dataclass(frozen=True)
 class Arm:
     """One column of a table: a policy at a budget (none for the fixed-rate policies).
+
+    saved: the model's profile, which some policies and codecs need.
 
     Raises:
         UnknownName: no such policy.
@@ -27,6 +56,7 @@ class Arm:
     policy: str
     budget: float | str | None = None
     options: PlanOptions = DEFAULT_OPTIONS
+    saved: SavedProfile | None = None
 
     def __post_init__(self) -> None:
         if self.fixed_rate != (self.budget is None):
@@ -38,6 +68,10 @@ class Arm:
         """Whether the policy has one size and ignores budgets."""
         return not POLICIES[self.policy].budgeted
 
+    @property
+    def profile(self) -> Profile | None:
+        return None if self.saved is None else self.saved.profile
+
     def for_document(self, document: int) -> "Arm":
         """The same arm with this document's random order; reproducible from seed and number."""
         return replace(self, options=replace(self.options, seed=self.options.seed + document))
@@ -47,6 +81,7 @@ def arms_of(
     policies: Iterable[str],
     budgets: Iterable[str | float],
     options: PlanOptions = DEFAULT_OPTIONS,
+    saved: SavedProfile | None = None,
 ) -> tuple[Arm, ...]:
     """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
 
@@ -55,12 +90,12 @@ def arms_of(
         BadInput: a budgeted policy and no budget, or a budget that is none.
     """
     wanted = [policy_budget(budget) for budget in budgets]
-    arms = [Arm(RAW, None, options)]
+    arms = [Arm(RAW, None, options, saved)]
     for policy in policies:
         if POLICIES[policy].budgeted and not wanted:
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
         for budget in wanted if POLICIES[policy].budgeted else [None]:
-            arms.append(Arm(policy, budget, options))
+            arms.append(Arm(policy, budget, options, saved))
     return tuple(dict.fromkeys(arms))
 
 
@@ -86,9 +121,9 @@ def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tupl
 
     Raises:
         BudgetTooSmall: nothing legal fits this arm's budget.
-        MissingSignal, CodecError: see `plan` and `encode`.
+        MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
-    chosen = plan(view, arm.policy, arm.budget, options=arm.options)
-    blob = encode(kv, chosen)
+    chosen = plan(view, arm.policy, arm.budget, options=arm.options, profile=arm.profile)
+    blob = encode(kv, chosen, profile=arm.profile)
     assert len(blob) == chosen.nbytes, (arm, len(blob), chosen.nbytes)
-    return decode(blob), chosen
+    return decode(blob, profile=arm.profile), chosen

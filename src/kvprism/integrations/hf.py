@@ -57,6 +57,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "restore",
+    "rope_frequencies",
     "shape_of",
     "wrap_attention",
 ]
@@ -282,6 +283,37 @@ def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
             "prompt cut by another model's tokenizer?"
         )
     return ids.reshape(1, -1).to(model.device)
+
+
+def rope_frequencies(model: PreTrainedModel) -> torch.Tensor:
+    """The model's RoPE in radians per position, float32 `[channel // 2]` on the CPU.
+
+    From its own rotary embedding, so that whatever scales the frequencies (Llama 3.1) is in them.
+    YaRN's factor on cosine and sine is not: it scales all keys alike.
+
+    Raises:
+        Unsupported: see `architecture_of`; frequencies that follow the length of the prompt, that
+            differ between layers, or that turn only a part of the channels.
+    """
+    name, channels = architecture_of(model), channels_of(model.config)
+    rotary: list[Any] = [m for m in model.modules() if hasattr(m, "rope_type")]
+    kinds = [m.rope_type for m in rotary]
+    if len(kinds) != 1 or not isinstance(kinds[0], str):
+        raise Unsupported(
+            f"{name} with RoPE types {kinds} is not supported: expected one for all layers"
+        )
+    if "dynamic" in kinds[0] or kinds[0] == "longrope":
+        raise Unsupported(
+            f"{name} with RoPE type {kinds[0]!r} is not supported: its frequencies change with the "
+            "length of the prompt"
+        )
+    frequencies: torch.Tensor = rotary[0].inv_freq.detach().float().cpu()
+    if list(frequencies.shape) != [channels // 2]:
+        raise Unsupported(
+            f"{name} with RoPE over {2 * frequencies.numel()} of {channels} channels is not "
+            "supported: expected all"
+        )
+    return frequencies
 
 
 def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:

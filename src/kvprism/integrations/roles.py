@@ -16,6 +16,7 @@ from kvprism.integrations import hf
 from kvprism.pipeline import Receiver, Sender
 from kvprism.plans import Plan
 from kvprism.policies import PlanOptions, plan
+from kvprism.profiles import Profile
 from kvprism.tensors import DTYPES, LayerView, RequestKV
 
 T = TypeVar("T")
@@ -51,12 +52,14 @@ DEFINITIONS = {
 
 
 class _Role:
-    """A model, its tokenizer and the token that both ends share."""
+    """A model, its tokenizer, and the token and the profile that both ends share."""
 
-    def __init__(self, model: str, token: bytes) -> None:
+    def __init__(self, model: str, token: bytes, profile: Profile | None) -> None:
         self._model, self._tokenizer = hf.load(model)
-        self._token = token
+        self._token, self._profile = token, profile
         self._fingerprint = hf.fingerprint(self._model, self._tokenizer)
+        if profile is not None:
+            profile.check(self._fingerprint)
 
     def describe(self) -> dict[str, Any]:
         """The size of the model."""
@@ -68,12 +71,19 @@ class PrefillWorker(_Role):
 
     Raises:
         UnknownName: no such model or cache dtype.
+        ProfileMismatch: a profile of another model.
     """
 
-    def __init__(self, model: str, token: bytes, cache_dtype: str = "bfloat16") -> None:
+    def __init__(
+        self,
+        model: str,
+        token: bytes,
+        cache_dtype: str = "bfloat16",
+        profile: Profile | None = None,
+    ) -> None:
         if cache_dtype not in DTYPES:
             raise UnknownName("cache dtype", cache_dtype, list(ITEMSIZE))
-        super().__init__(model, token)
+        super().__init__(model, token, profile)
         self._cache_dtype = DTYPES[cache_dtype]
         self._captured: tuple[RequestKV, tuple[LayerView, ...]] | None = None
         self._plan: Plan | None = None
@@ -103,7 +113,12 @@ class PrefillWorker(_Role):
         _, view = _required(self._captured, "prefilled")
         started = time.perf_counter()
         self._plan = plan(
-            view, policy, budget, options=PlanOptions(**(options or {})), capability=capability
+            view,
+            policy,
+            budget,
+            options=PlanOptions(**(options or {})),
+            capability=capability,
+            profile=self._profile,
         )
         return {
             "plan_ms": _ms_since(started),
@@ -115,13 +130,18 @@ class PrefillWorker(_Role):
     def save(self, path: str) -> None:
         """Write the planned stream to a file that only its owner may read: it holds the prompt."""
         kv, _ = _required(self._captured, "prefilled")
-        stream = encode(kv, _required(self._plan, "planned"), fingerprint=self._fingerprint)
+        planned = _required(self._plan, "planned")
+        stream = encode(kv, planned, fingerprint=self._fingerprint, profile=self._profile)
         _write_private(Path(path), stream)
 
     def connect(self, host: str, port: int, allow_remote: bool = False) -> Sender:
         """An authenticated connection to a decode worker of the same model."""
         return Sender(
-            (host, port), self._token, fingerprint=self._fingerprint, allow_remote=allow_remote
+            (host, port),
+            self._token,
+            fingerprint=self._fingerprint,
+            profile=self._profile,
+            allow_remote=allow_remote,
         )
 
     def send(self, address: tuple[str, int]) -> dict[str, Any]:
@@ -148,6 +168,7 @@ class DecodeWorker(_Role):
 
     Raises:
         UnknownName: no such model.
+        ProfileMismatch: a profile of another model.
         AddressInUse: the port is taken.
     """
 
@@ -158,14 +179,16 @@ class DecodeWorker(_Role):
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        profile: Profile | None = None,
         allow_remote: bool = False,
     ) -> None:
-        super().__init__(model, token)
+        super().__init__(model, token, profile)
         self._receiver = Receiver(
             token,
             host=host,
             port=port,
             fingerprint=self._fingerprint,
+            profile=profile,
             expected=hf.shape_of(self._model, 1),
             lease_s=LEASE_S,
             allow_remote=allow_remote,

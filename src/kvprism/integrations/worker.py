@@ -40,7 +40,9 @@ Json = dict[str, Any]
 Say = Callable[[Json], None]
 
 
-def serve(role: str, model: str, token_file: Path, cache_dtype: str) -> None:
+def serve(
+    role: str, model: str, token_file: Path, cache_dtype: str, profile: Path | None = None
+) -> None:
     """Be a worker until the parent is gone: one JSON request a line, one JSON answer a line."""
     _end_with_parent()
     say = _claim_stdout()
@@ -48,18 +50,22 @@ def serve(role: str, model: str, token_file: Path, cache_dtype: str) -> None:
     for work in (partial(_beat, say), partial(_read_requests, requests)):
         threading.Thread(target=work, daemon=True).start()
     workers: list[Any] = []
-    say(_outcome(lambda: workers.append(_load(role, model, token_file, cache_dtype))))
+    say(_outcome(lambda: workers.append(_load(role, model, token_file, cache_dtype, profile))))
     while workers:
         say(_outcome(partial(_answer, workers[0], requests.get())))
 
 
-def _load(role: str, model: str, token_file: Path, cache_dtype: str) -> Any:
+def _load(
+    role: str, model: str, token_file: Path, cache_dtype: str, profile_file: Path | None
+) -> Any:
     token = load_token(token_file)
     from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+    from kvprism.profiles import Profile
 
-    return (
-        DecodeWorker(model, token) if role == "decode" else PrefillWorker(model, token, cache_dtype)
-    )
+    profile = None if profile_file is None else Profile.load(profile_file)
+    if role == "decode":
+        return DecodeWorker(model, token, profile=profile)
+    return PrefillWorker(model, token, cache_dtype, profile)
 
 
 def _answer(worker: Any, request: Json) -> Any:
@@ -118,11 +124,19 @@ class Worker:
         kvprism error the worker itself raised, with its type, text and fields.
     """
 
-    def __init__(self, role: str, model: str, token_file: Path, cache_dtype: str) -> None:
+    def __init__(
+        self,
+        role: str,
+        model: str,
+        token_file: Path,
+        cache_dtype: str,
+        profile: Path | None = None,
+    ) -> None:
         self.role, self.busy = role, True  # loading
         # -P: what lies in the working directory must not stand in for a library.
         command = [sys.executable, "-P", "-m", "kvprism", "worker", role, "--model", model]
         command += ["--token-file", str(token_file), "--cache-dtype", cache_dtype]
+        command += [] if profile is None else ["--profile", str(profile)]
         # A process group of its own: the terminal's Ctrl-C is for the parent to act on.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
@@ -261,14 +275,16 @@ class Pair:
 
 
 @contextmanager
-def worker_pair(model: str, cache_dtype: str = "bfloat16") -> Iterator[Pair]:
+def worker_pair(
+    model: str, cache_dtype: str = "bfloat16", profile: Path | None = None
+) -> Iterator[Pair]:
     """Start both workers side by side, with a token of their own; they load while the body runs."""
     with tempfile.TemporaryDirectory(prefix="kvprism-") as folder:
         token_file = Path(folder) / "token"
         create_token(token_file)
         with (
-            Worker("prefill", model, token_file, cache_dtype) as prefill,
-            Worker("decode", model, token_file, cache_dtype) as decode,
+            Worker("prefill", model, token_file, cache_dtype, profile) as prefill,
+            Worker("decode", model, token_file, cache_dtype, profile) as decode,
         ):
             yield Pair(prefill, decode)
 
