@@ -72,7 +72,7 @@ def _told(points: Sequence[Point], name: str) -> Iterator[tuple[float, float]]:
 def _mark_stages(losses: Any, hits: Any, points: Sequence[Point]) -> None:
     """A line where a stage begins, and above it the length of its sequences."""
     begun: dict[int, Point] = {}
-    for point in points:
+    for point in points[:-1]:  # the last one may stand in a stage that never began
         begun.setdefault(point.stage, point)
     for point in list(begun.values())[1:]:
         for axes in (losses, hits):
