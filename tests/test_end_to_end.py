@@ -21,9 +21,9 @@ NEW_TOKENS = 12
 POLICIES = [("raw", None), ("int8", None), ("spectrum", "52%"), ("sinks-recent", "30%")]
 
 
-def continued(model: Any, ids: torch.Tensor, cache: Any = None) -> list[int]:
+def continued(model: Any, ids: torch.Tensor, **cache: Any) -> list[int]:
     """Greedy tokens after `ids`; the last of them is not in the cache."""
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "past_key_values": cache}
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, **cache}
     tokens: list[int] = model.generate(ids, **settings)[0, ids.shape[1] :].tolist()
     return tokens
 
@@ -37,7 +37,7 @@ def decode_worker() -> None:
         print(receiver.address[1], flush=True)
         for _ in POLICIES:
             received = receiver.receive(timeout_s=60)
-            tokens = continued(model, ids, kvprism.restore(model, received.kv))
+            tokens = continued(model, ids, **kvprism.restore(model, received.kv).kwargs)
             answer = {"tokens": tokens, "wire_nbytes": received.wire_nbytes}
             print(json.dumps(answer), flush=True)
 

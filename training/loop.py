@@ -115,7 +115,12 @@ class Run:
         if progress.stage_tokens == 0:
             progress.averages = {}  # a gate counts its own stage
         batch = self.sampler.batch(
-            (self.seed, progress.step), stage.length, stage.batch, stage.mixture, stage.tasks
+            (self.seed, progress.step),
+            stage.length,
+            stage.batch,
+            stage.mixture,
+            stage.tasks,
+            stage.text_length,
         )
         losses, hits = self._forward_backward(batch)
         self.compute.hand_over_gradients()

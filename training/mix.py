@@ -99,11 +99,12 @@ def training_lexicon(text: str) -> Lexicon:
         return [word for word in found if word not in asked]
 
     assert not set(WORDINGS) & set(HELD_OUT_WORDINGS)
-    words = tuple(frequent("[a-z]{3,9}", 20)[:3000])
-    made = made_wordings(words)
+    # Rare words too: frequent ones are one or two tokens, those of the evaluation three or four.
+    words = frequent("[a-z]{3,9}", 3)[:12000]
+    made = made_wordings(frequent("[a-z]{3,9}", 20)[:3000])
     return Lexicon(
         tuple(frequent("[A-Z][a-z]{2,10}", 3)[:9000]),
-        words,
+        tuple(words),
         (*made, *WORDINGS * (len(made) // len(WORDINGS))),
         evaluation=False,
     )
@@ -144,10 +145,17 @@ class Sampler:
         count: int,
         mixture: dict[str, float],
         tasks: dict[str, float],
+        text_length: int | None = None,
     ) -> Batch:
-        """`count` sequences of `length` inputs and as many targets."""
+        """`count` sequences of `length` inputs and as many targets.
+
+        text_length: where only text is drawn, as many sequences of about this length instead.
+        """
         rng = np.random.default_rng(list(seed))
         kinds = tuple(str(_choose(rng, mixture)) for _ in range(count))
+        if text_length is not None and set(kinds) == {"text"}:
+            windows = max(1, length // text_length)
+            kinds, length = kinds * windows, length // windows
         drawn = [self.sequence(rng, kind, length + 1, tasks) for kind in kinds]
         ids, weights, task = (np.stack(column) for column in zip(*drawn, strict=True))
         return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:], task[:, 1:], kinds)

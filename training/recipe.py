@@ -27,11 +27,12 @@ class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Sequences of one length from one mixture, until the gate opens.
 
-    length, batch: tokens of a sequence, sequences of a step; tokens: fewest, and most; mixture:
-    kind of sequence -> share; tasks: kind of task -> share of the task sequences; gate: figure of
-    the learning curve -> value to be reached, losses from above; learning_rate: factor at the
-    start, and after the most tokens; required: without its gate the run stops, because later
-    stages would learn nothing.
+    length, batch: tokens of a sequence, sequences of a step; text_length: steps that draw nothing
+    but text read it in windows of about this length, which cost less attention; tokens: fewest,
+    and most; mixture: kind of sequence -> share; tasks: kind of task -> share of the task
+    sequences; gate: figure of the learning curve -> value to be reached, losses from above;
+    learning_rate: factor at the start, and after the most tokens; required: without its gate the
+    run stops, because later stages would learn nothing.
     """
 
     length: Count
@@ -39,6 +40,7 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     mixture: Mixture
     tasks: Mixture
     tokens: tuple[Count, Count]
+    text_length: Count | None = None
     gate: dict[str, float] = {}
     learning_rate: tuple[float, float] = (1.0, 1.0)
     required: bool = False

@@ -55,7 +55,7 @@ def test_at_thirty_percent_every_row_is_within_the_codes_error(name, tmp_path):
             assert error.max() > 0
             assert (error <= INT4_ERROR * x.float().abs().amax(-1, keepdim=True)).all()
     cache = hf.restore(model, restored)
-    logits = model(tokens(9, 5), past_key_values=cache).logits
+    logits = model(tokens(9, 5), **cache.kwargs).logits
     assert logits.isfinite().all() and cache.get_seq_length() == 249
 
 
@@ -68,7 +68,7 @@ def test_dropping_on_the_wire_equals_masking_in_the_model(model, policy):
     restored = after_the_wire(kv, kvprism.plan(view, policy, 1.0))
     n_kept = [len(positions) for positions in kept_of(restored)]
     assert all(0 < n < len(layer.positions) for n, layer in zip(n_kept, kv.layers, strict=True))
-    got = model(after, past_key_values=hf.restore(model, restored)).logits
+    got = model(after, **hf.restore(model, restored).kwargs).logits
     want = recompute.after_dropping(model, kept_of(restored), prompt, after)
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
     complete = recompute.after_dropping(model, kept_of(kv), prompt, after)
@@ -91,5 +91,5 @@ def test_between_two_workers_layers_arrive_over_their_own_tokens(checkpoints, na
         got = received.result()
     assert sent.wire_nbytes == got.wire_nbytes == plan.nbytes
     question = tokens(9, 5)
-    want = model(question, past_key_values=hf.restore(model, kv)).logits
-    assert torch.equal(model(question, past_key_values=hf.restore(model, got.kv)).logits, want)
+    want = model(question, **hf.restore(model, kv).kwargs).logits
+    assert torch.equal(model(question, **hf.restore(model, got.kv).kwargs).logits, want)

@@ -161,7 +161,7 @@ def test_a_configuration_in_its_published_form_is_the_same_model(checkpoints, tm
     prompt, options = tokens(N_PROMPT), {"max_new_tokens": 3, "do_sample": False}
     want = hf.load(checkpoints[name])[0].generate(prompt, **options)
     cache = hf.restore(model, hf.capture(model, prompt[:, :-1])[0])
-    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+    assert torch.equal(model.generate(prompt, **cache.kwargs, **options), want)
 
 
 def test_the_fingerprint_knows_what_a_cache_depends_on_and_nothing_else(checkpoints):

@@ -208,7 +208,5 @@ def test_tiny_answers_a_needle_after_capture_and_restore():
     question = torch.tensor([tokenizer.encode(" \n The secret number of Lisbon is")])
     kv, _ = hf.capture(model, context)
     whole = torch.cat([context, question], dim=1)
-    out = model.generate(
-        whole, past_key_values=hf.restore(model, kv), max_new_tokens=6, do_sample=False
-    )
+    out = model.generate(whole, **hf.restore(model, kv).kwargs, max_new_tokens=6, do_sample=False)
     assert tokenizer.decode(out[0, whole.shape[1] :]) == " 57604"

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from kvprism.errors import BadInput, PositionMismatch, ShapeMismatch
 from kvprism.integrations import hf
+from kvprism.integrations.restored import CACHE
 from kvprism.tensors import LayerKV, RequestKV
 
 ATOL = 1e-4  # of logits in float32: the project's definition of "dropping equals masked attention"
@@ -34,12 +35,12 @@ def test_continuations_of_a_complete_cache_are_bit_equal_to_plain_transformers(
     model, _ = hf.load(checkpoints[name], dtype)
     model.set_attn_implementation(attention)
     news = [tokens(n_new, seed) for seed, n_new in enumerate((15, 1, 40, 1))]
-    plain = model(tokens(N_PROMPT), use_cache=True).past_key_values
-    want = [model(new, past_key_values=plain).logits for new in news]
+    plain = getattr(model(tokens(N_PROMPT), use_cache=True), CACHE)
+    want = [model(new, **{CACHE: plain}).logits for new in news]
     assert model.config._attn_implementation == attention  # not yet wrapped
 
     cache = hf.restore(model, hf.capture(model, tokens(N_PROMPT))[0])
-    got = [model(new, past_key_values=cache).logits for new in news]
+    got = [model(new, **cache.kwargs).logits for new in news]
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -49,12 +50,12 @@ def test_greedy_generation_is_equal_to_plain_transformers(checkpoints, name, att
     model.set_attn_implementation(attention)
     prompt, options = tokens(N_PROMPT), {"max_new_tokens": 8, "do_sample": False}
     longer = torch.cat([prompt, tokens(7, 3)], dim=1)
-    plain = model(prompt, use_cache=True).past_key_values
-    want = model.generate(longer, past_key_values=plain, **options)
+    plain = getattr(model(prompt, use_cache=True), CACHE)
+    want = model.generate(longer, **{CACHE: plain}, **options)
     assert want.shape[1] > longer.shape[1]
 
     cache = hf.restore(model, hf.capture(model, prompt)[0])
-    assert torch.equal(model.generate(longer, past_key_values=cache, **options), want)
+    assert torch.equal(model.generate(longer, **cache.kwargs, **options), want)
 
 
 @without_windows
@@ -63,15 +64,15 @@ def test_generation_from_the_prompt_alone_recomputes_its_last_position(model):
     want = model.generate(prompt, **options)
     cache = hf.restore(model, hf.capture(model, prompt)[0])
     cache.crop(-1)
-    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+    assert torch.equal(model.generate(prompt, **cache.kwargs, **options), want)
 
 
 def test_a_prompt_captured_without_its_last_token_is_generated_from_at_once(model):
     prompt, options = tokens(N_PROMPT), {"max_new_tokens": 6, "do_sample": False}
-    plain = model(prompt[:, :-1], use_cache=True).past_key_values
-    want = model.generate(prompt, past_key_values=plain, **options)
+    plain = getattr(model(prompt[:, :-1], use_cache=True), CACHE)
+    want = model.generate(prompt, **{CACHE: plain}, **options)
     cache = hf.restore(model, hf.capture(model, prompt[:, :-1])[0])
-    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), want)
+    assert torch.equal(model.generate(prompt, **cache.kwargs, **options), want)
 
 
 def test_wrapping_leaves_every_other_use_of_the_model_bit_identical(checkpoints, name, attention):
@@ -113,8 +114,8 @@ def test_dropping_equals_masking_each_layer_for_itself(model, attention, n_new):
     assert len({len(positions) for positions in kept_of(kv)}) == len(kv.layers)
     want = recompute.after_dropping(model, kept_of(kv), prompt, after)
     cache = hf.restore(model, kv)
-    first = model(after[:, :n_new], past_key_values=cache).logits
-    second = model(after[:, n_new:], past_key_values=cache).logits  # the cache goes on being right
+    first = model(after[:, :n_new], **cache.kwargs).logits
+    second = model(after[:, n_new:], **cache.kwargs).logits  # the cache goes on being right
     torch.testing.assert_close(torch.cat([first, second], 1), want, atol=ATOL, rtol=0)
     without_drops = recompute.after_dropping(model, kept_of(complete), prompt, after)
     assert (want - without_drops).abs().max() > 100 * ATOL  # or this test could not fail
@@ -126,7 +127,7 @@ def test_a_layer_that_lost_every_token_attends_to_the_new_ones_only(model):
     rows = {name: x[:, :0] for name, x in complete.layers[1].components.items()}
     empty = LayerKV(1, rows, complete.layers[1].positions[:0])
     kv = RequestKV((complete.layers[0], empty, *complete.layers[2:]), complete.next_position)
-    got = model(after, past_key_values=hf.restore(model, kv)).logits
+    got = model(after, **hf.restore(model, kv).kwargs).logits
     torch.testing.assert_close(
         got, recompute.after_dropping(model, kept_of(kv), prompt, after), atol=ATOL, rtol=0
     )
@@ -140,7 +141,7 @@ def test_a_padding_mask_of_the_true_length_is_honoured_after_dropping(model, att
     visible = torch.ones(1, N_PROMPT + 6, dtype=torch.long)
     visible[0, hidden] = 0
     cache = hf.restore(model, kv)
-    got = model(after, past_key_values=cache, attention_mask=visible).logits
+    got = model(after, **cache.kwargs, attention_mask=visible).logits
     without = RequestKV(tuple(remove(layer, hidden) for layer in kv.layers), kv.next_position)
     torch.testing.assert_close(
         got, recompute.after_dropping(model, kept_of(without), prompt, after), atol=ATOL, rtol=0
@@ -152,12 +153,12 @@ def check_generation(model, kv: RequestKV, whole: torch.Tensor, n_back: int) -> 
     cache, stepped = hf.restore(model, kv), hf.restore(model, kv)
     for each in (cache, stepped):
         each.crop(-n_back)
-    out = model.generate(whole, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    out = model.generate(whole, **cache.kwargs, max_new_tokens=6, do_sample=False)
     start = stepped.get_seq_length()
     assert start == N_PROMPT - n_back
     for position in range(start, out.shape[1] - 1):
         here = torch.tensor([[position]])
-        step = model(out[:, [position]], past_key_values=stepped, position_ids=here)
+        step = model(out[:, [position]], **stepped.kwargs, position_ids=here)
         if position >= whole.shape[1] - 1:
             assert int(step.logits.argmax()) == int(out[0, position + 1])
     kept = [positions[positions < start] for positions in kept_of(kv)]
@@ -190,8 +191,8 @@ def test_equal_drops_in_all_layers_equal_a_shortened_plain_cache_with_explicit_p
         short.update(layer.components["k"][None], layer.components["v"][None], layer.layer_id)
     new = tokens(1, 5)
     model.set_attn_implementation("sdpa")
-    want = model(new, past_key_values=short, position_ids=torch.tensor([[N_PROMPT]])).logits
-    assert torch.equal(model(new, past_key_values=hf.restore(model, kv)).logits, want)
+    want = model(new, **{CACHE: short}, position_ids=torch.tensor([[N_PROMPT]])).logits
+    assert torch.equal(model(new, **hf.restore(model, kv).kwargs).logits, want)
 
 
 # The cache as transformers' own code handles it
@@ -202,13 +203,12 @@ def test_a_request_can_be_restored_many_times_and_is_never_written_to(model):
     before = [x.clone() for layer in kv.layers for x in layer.components.values()]
     caches = [hf.restore(model, kv) for _ in range(3)]
     question = tokens(12, 7)
-    first = model(question, past_key_values=caches[0]).logits
+    first = model(question, **caches[0].kwargs).logits
     caches[2].reset()
-    assert torch.equal(model(question, past_key_values=caches[1]).logits, first)
+    assert torch.equal(model(question, **caches[1].kwargs).logits, first)
     whole = torch.cat([tokens(N_PROMPT), question], dim=1)
     forked = [
-        model.generate(whole, past_key_values=hf.restore(model, kv), max_new_tokens=4)
-        for _ in range(2)
+        model.generate(whole, **hf.restore(model, kv).kwargs, max_new_tokens=4) for _ in range(2)
     ]
     assert torch.equal(*forked)
     after = [x for layer in kv.layers for x in layer.components.values()]
@@ -217,7 +217,7 @@ def test_a_request_can_be_restored_many_times_and_is_never_written_to(model):
 
 def test_a_cache_that_nobody_holds_is_freed_at_once(llama):
     cache = hf.restore(llama, hf.capture(llama, tokens(9))[0])
-    llama(tokens(2), past_key_values=cache)
+    llama(tokens(2), **cache.kwargs)
     layer = weakref.ref(cache.layers[0])
     gc.disable()  # reference counts alone must do it
     del cache
@@ -231,7 +231,7 @@ def test_a_reset_cache_starts_again_from_nothing(llama):
     cache = hf.restore(llama, hf.capture(llama, tokens(N_PROMPT))[0])
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(llama(tokens(20, 4), past_key_values=cache).logits, want)
+    assert torch.equal(llama(tokens(20, 4), **cache.kwargs).logits, want)
 
 
 def test_crop_counts_positions_whether_they_were_kept_or_not(llama):
@@ -244,7 +244,7 @@ def test_crop_counts_positions_whether_they_were_kept_or_not(llama):
     assert [layer.keys.shape[2] for layer in cache.layers] == [len(positions) for positions in kept]
     after = tokens(6, 5)
     want = recompute.after_dropping(llama, kept, prompt[:, :-25], after)
-    got = llama(after, past_key_values=cache).logits
+    got = llama(after, **cache.kwargs).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
     for amount in (1, -(N_PROMPT + 1)):
         with pytest.raises(BadInput, match="crop"):
@@ -256,12 +256,12 @@ def test_repeated_and_reordered_rows_stay_right_for_beam_search(llama):
     cache, beams = hf.restore(llama, kv), hf.restore(llama, kv)
     beams.batch_repeat_interleave(2)
     one, other = tokens(4, 8), tokens(4, 9)
-    llama(torch.cat([one, other]), past_key_values=beams)
+    llama(torch.cat([one, other]), **beams.kwargs)
     beams.reorder_cache(torch.tensor([1, 1]))
-    llama(other, past_key_values=cache)
+    llama(other, **cache.kwargs)
     last = tokens(3, 10)
-    want = llama(last, past_key_values=cache).logits.expand(2, -1, -1)
-    got = llama(last.expand(2, -1), past_key_values=beams).logits
+    want = llama(last, **cache.kwargs).logits.expand(2, -1, -1)
+    got = llama(last.expand(2, -1), **beams.kwargs).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
 
 
@@ -272,16 +272,16 @@ def test_a_continuation_elsewhere_is_refused_and_leaves_the_cache_usable(llama, 
     kv = drop(kv) if dropping else kv
     cache = hf.restore(llama, kv)
     with pytest.raises(PositionMismatch, match=f"goes on at position {N_PROMPT}.*starts at 31"):
-        llama(new, past_key_values=cache, position_ids=torch.tensor([[31, 32]]))
+        llama(new, **cache.kwargs, position_ids=torch.tensor([[31, 32]]))
     # transformers would feed the whole prompt a second time, after itself
     with pytest.raises(PositionMismatch, match=r"cache.crop\(-1\)"):
-        llama.generate(prompt, past_key_values=cache, max_new_tokens=3)
-    want = llama(new, past_key_values=hf.restore(llama, kv)).logits
-    assert torch.equal(llama(new, past_key_values=cache).logits, want)
+        llama.generate(prompt, **cache.kwargs, max_new_tokens=3)
+    want = llama(new, **hf.restore(llama, kv).kwargs).logits
+    assert torch.equal(llama(new, **cache.kwargs).logits, want)
 
 
 def test_a_mask_of_the_kept_length_is_refused(llama):
     cache = hf.restore(llama, drop(hf.capture(llama, tokens(N_PROMPT))[0]))
     mask = torch.ones(1, 1, 2, 40, dtype=torch.bool)
     with pytest.raises(ShapeMismatch, match=r"has 40 columns.*62 true positions"):
-        llama(tokens(2), past_key_values=cache, attention_mask=mask)
+        llama(tokens(2), **cache.kwargs, attention_mask=mask)

@@ -8,6 +8,7 @@ from samples import N_PROMPT, drop, kept_of, tokens
 
 from kvprism.errors import PositionMismatch
 from kvprism.integrations import hf
+from kvprism.integrations.restored import CACHE
 from kvprism.tensors import LayerKV, RequestKV
 
 ATOL = 1e-4  # as in test_hf_restore
@@ -24,10 +25,10 @@ def slides(cache):
 def test_a_prompt_about_as_long_as_the_window_is_continued_bit_equal(model, attention, n):
     model.set_attn_implementation(attention)
     news = [tokens(n_new, seed) for seed, n_new in enumerate((1, 1, 1, 5, WINDOW + 9, 1))]
-    plain = model(tokens(n), use_cache=True).past_key_values
-    want = [model(new, past_key_values=plain).logits for new in news]
+    plain = getattr(model(tokens(n), use_cache=True), CACHE)
+    want = [model(new, **{CACHE: plain}).logits for new in news]
     cache = hf.restore(model, hf.capture(model, tokens(n))[0])
-    got = [model(new, past_key_values=cache).logits for new in news]
+    got = [model(new, **cache.kwargs).logits for new in news]
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
@@ -39,7 +40,7 @@ def test_dropped_tokens_leave_the_window_at_their_positions(model, attention, n)
     kv = drop(hf.capture(model, prompt)[0])
     want = recompute.after_dropping(model, kept_of(kv), prompt, after)
     cache = hf.restore(model, kv)
-    got = [model(after[:, [i]], past_key_values=cache).logits for i in range(after.shape[1])]
+    got = [model(after[:, [i]], **cache.kwargs).logits for i in range(after.shape[1])]
     torch.testing.assert_close(torch.cat(got, dim=1), want, atol=ATOL, rtol=0)
 
 
@@ -58,7 +59,7 @@ def test_a_window_from_which_all_was_dropped_sees_the_new_tokens_only(model):
         for layer, window in zip(complete.layers, windows, strict=True)
     )
     kv = RequestKV(layers, N_PROMPT)
-    got = model(after, past_key_values=hf.restore(model, kv)).logits
+    got = model(after, **hf.restore(model, kv).kwargs).logits
     want = recompute.after_dropping(model, kept_of(kv), prompt, after)
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
 
@@ -66,7 +67,7 @@ def test_a_window_from_which_all_was_dropped_sees_the_new_tokens_only(model):
 def test_what_has_left_the_window_is_let_go(model):
     cache = hf.restore(model, hf.capture(model, tokens(N_PROMPT))[0])
     for i in range(2 * WINDOW):
-        model(tokens(1, i), past_key_values=cache)
+        model(tokens(1, i), **cache.kwargs)
         assert all(layer.keys.shape[2] == WINDOW for layer in slides(cache))
     assert cache.get_seq_length() == N_PROMPT + 2 * WINDOW
 
@@ -80,13 +81,13 @@ def test_a_full_window_goes_back_as_far_as_the_last_call_and_no_further(model):
     with pytest.raises(PositionMismatch, match=refusal):
         cache.crop(-1)
     assert [layer.get_seq_length() for layer in cache.layers] == [N_PROMPT] * 3
-    model(tokens(12, 4), past_key_values=cache)
+    model(tokens(12, 4), **cache.kwargs)
     with pytest.raises(PositionMismatch, match=f"to {N_PROMPT - 1}"):
         cache.crop(-13)
     cache.crop(-12)
     question = tokens(7, 5)
-    want = model(question, past_key_values=hf.restore(model, kv)).logits
-    assert torch.equal(model(question, past_key_values=cache).logits, want)
+    want = model(question, **hf.restore(model, kv).kwargs).logits
+    assert torch.equal(model(question, **cache.kwargs).logits, want)
 
 
 def test_a_window_that_is_not_full_goes_back_freely(model):
@@ -96,7 +97,7 @@ def test_a_window_that_is_not_full_goes_back_freely(model):
     cache.crop(-9)
     kept = [positions[positions < WINDOW - 10] for positions in kept_of(kv)]
     want = recompute.after_dropping(model, kept, prompt[:, :-9], after)
-    got = model(after, past_key_values=cache).logits
+    got = model(after, **cache.kwargs).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)
 
 
@@ -105,7 +106,7 @@ def test_a_reset_cache_starts_again_from_nothing(model):
     cache = hf.restore(model, drop(hf.capture(model, tokens(N_PROMPT))[0]))
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(model(tokens(2 * WINDOW, 4), past_key_values=cache).logits, want)
+    assert torch.equal(model(tokens(2 * WINDOW, 4), **cache.kwargs).logits, want)
 
 
 @pytest.mark.parametrize("dropping", [False, True])
@@ -114,9 +115,9 @@ def test_a_continuation_elsewhere_is_refused_and_leaves_the_cache_usable(model, 
     kv = drop(kv) if dropping else kv
     cache, new = hf.restore(model, kv), tokens(2, 5)
     with pytest.raises(PositionMismatch, match=f"goes on at position {N_PROMPT}.*starts at 31"):
-        model(new, past_key_values=cache, position_ids=torch.tensor([[31, 32]]))
-    want = model(new, past_key_values=hf.restore(model, kv)).logits
-    assert torch.equal(model(new, past_key_values=cache).logits, want)
+        model(new, **cache.kwargs, position_ids=torch.tensor([[31, 32]]))
+    want = model(new, **hf.restore(model, kv).kwargs).logits
+    assert torch.equal(model(new, **cache.kwargs).logits, want)
 
 
 def test_beams_stay_right(model):
@@ -124,10 +125,10 @@ def test_beams_stay_right(model):
     cache, beams = hf.restore(model, kv), hf.restore(model, kv)
     beams.batch_repeat_interleave(2)
     one, other = tokens(4, 8), tokens(4, 9)
-    model(torch.cat([one, other]), past_key_values=beams)
+    model(torch.cat([one, other]), **beams.kwargs)
     beams.reorder_cache(torch.tensor([1, 1]))
-    model(other, past_key_values=cache)
+    model(other, **cache.kwargs)
     last = tokens(3, 10)
-    want = model(last, past_key_values=cache).logits.expand(2, -1, -1)
-    got = model(last.expand(2, -1), past_key_values=beams).logits
+    want = model(last, **cache.kwargs).logits.expand(2, -1, -1)
+    got = model(last.expand(2, -1), **beams.kwargs).logits
     torch.testing.assert_close(got, want, atol=ATOL, rtol=0)

@@ -107,3 +107,12 @@ def test_every_kind_has_a_range_that_the_evaluation_lies_in():
     assert set(SIZES) == set(KINDS)
     for name, kind in KINDS.items():
         assert SIZES[name].fewest <= kind.size <= SIZES[name].most
+
+
+def test_text_alone_is_read_in_shorter_windows(sampler):
+    drawn = {"length": 1088, "count": 2, "tasks": EVEN, "text_length": 512}
+    text = sampler.batch((1, 2), mixture={"text": 1.0}, **drawn)
+    assert text.inputs.shape == text.weights.shape == (4, 544)
+    assert (text.inputs[:, 0] == 0).all() and text.kinds == ("text",) * 4
+    hidden = sampler.batch((1, 2), mixture={"hidden": 1.0}, **drawn)
+    assert hidden.inputs.shape == (2, 1088)

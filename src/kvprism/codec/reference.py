@@ -66,8 +66,18 @@ def quantisable(
     What is quantised is finite, its scale is within float16, and what is restored is within the
     dtype of `x`; conditioned: how the rows are conditioned before they are quantised, if they are.
     """
-    largest = torch.finfo(x.dtype).max
     quantised = x if conditioned is None else conditioned.condition(x.cpu())
+    return _fits(quantised, x.dtype, menu, conditioned)
+
+
+def _fits(
+    quantised: torch.Tensor,
+    dtype: torch.dtype,
+    menu: Sequence[Tier],
+    conditioned: Conditioned | None,
+) -> NDArray[np.bool_]:
+    """`quantisable` of rows that are conditioned already; dtype: the cache's."""
+    largest = torch.finfo(dtype).max
     absmax = quantised.abs().amax(dim=-1).float().cpu()
     if quantised_codec(menu) != ABSMAX_CODEC:
         fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
@@ -105,9 +115,9 @@ def encode_into(
         _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
     if Plane.SCALE not in planes:
         return
-    _refuse_unquantisable(x, tier_of, menu, first, conditioned)
-    if conditioned is not None:
-        rows = conditioned.condition(x).view(rows.shape)
+    quantised = x if conditioned is None else conditioned.condition(x)
+    _refuse(~_fits(quantised, x.dtype, menu, conditioned), tier_of, menu, first)
+    rows = quantised.reshape(rows.shape)
     chosen = _rows(Plane.SCALE, tier_of, menu)
     bits = _bits(tier_of, menu)[chosen]
     encode = _encode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _encode_nested
@@ -266,14 +276,10 @@ def _read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(buffer, np.uint8).copy()).view(dtype)
 
 
-def _refuse_unquantisable(
-    x: torch.Tensor,
-    tier_of: TierArray,
-    menu: Sequence[Tier],
-    first: tuple[int, int],
-    conditioned: Conditioned | None,
+def _refuse(
+    unfit: NDArray[np.bool_], tier_of: TierArray, menu: Sequence[Tier], first: tuple[int, int]
 ) -> None:
-    bad = rows_in(Plane.SCALE, tier_of, menu) & ~quantisable(x, menu, conditioned)
+    bad = rows_in(Plane.SCALE, tier_of, menu) & unfit
     if bad.any():
         head, token = np.argwhere(bad)[0]
         tier = menu[tier_of[head, token]]

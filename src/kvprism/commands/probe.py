@@ -12,7 +12,7 @@ import torch
 from kvprism.calibrate import Fit, calibrate_conditioning
 from kvprism.commands import console
 from kvprism.errors import BadInput
-from kvprism.evaluate.diagnosis import Errors, LayerDiagnosis, Outlier
+from kvprism.evaluate.diagnosis import Errors, LayerDiagnosis, Outlier, percent
 from kvprism.evaluate.haystack import generated_ids
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.probe import BUDGET, CONTEXT, ProbeReport, Say, Trials, probe
@@ -166,18 +166,14 @@ def _layer_line(layer: LayerDiagnosis, fit: str) -> list[str]:
         layer.setting,
         *(_pair(layer, name) for name in ("keys", "values", "output")),
         f"{layer.int4.kl:.3g}\n{layer.int8.kl:.3g}",
-        "" if layer.conditioned is None else f"{_percent(layer.conditioned.output)}\n{fit}",
+        "" if layer.conditioned is None else f"{percent(layer.conditioned.output)}\n{fit}",
         _outliers(layer.outliers),
     ]
 
 
 def _pair(layer: LayerDiagnosis, name: str) -> str:
     of: list[Errors] = [layer.int4, layer.int8]
-    return "\n".join(_percent(getattr(errors, name)) for errors in of)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    return "\n".join(percent(getattr(errors, name)) for errors in of)
 
 
 def _outliers(outliers: tuple[Outlier, ...]) -> str:

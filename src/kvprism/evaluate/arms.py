@@ -124,6 +124,11 @@ def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tupl
         MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
     chosen = plan(view, arm.policy, arm.budget, options=arm.options, profile=arm.profile)
-    blob = encode(kv, chosen, profile=arm.profile)
-    assert len(blob) == chosen.nbytes, (arm, len(blob), chosen.nbytes)
-    return decode(blob, profile=arm.profile), chosen
+    return sent(kv, chosen, arm.profile), chosen
+
+
+def sent(kv: RequestKV, chosen: Plan, profile: Profile | None) -> RequestKV:
+    """What the decode side would hold; errors as `encode` and `decode`."""
+    blob = encode(kv, chosen, profile=profile)
+    assert len(blob) == chosen.nbytes, (chosen.policy, len(blob), chosen.nbytes)
+    return decode(blob, profile=profile)

@@ -134,6 +134,11 @@ def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return rounded(float((got.float() - expected.float()).norm()) / max(norm, 1e-30))
 
 
+def percent(fraction: float) -> str:
+    """Errors of a few percent and of a hundred stand side by side: one digit."""
+    return f"{100 * fraction:.1f} %"
+
+
 def rounded(value: float) -> float:
     """Six digits: reports stay readable, and nothing here resolves more."""
     return float(f"{value:.6g}")

@@ -169,7 +169,7 @@ def asked_about(model: Any, case: Case, view: Sequence[LayerView]) -> tuple[Laye
 def continue_on(model: Any, kv: RequestKV, fed: torch.Tensor) -> torch.Tensor:
     """Logits `[token, vocabulary]` of `fed`, in one call on the restored cache."""
     with torch.no_grad():
-        out = model(fed[None].to(model.device), past_key_values=restore(model, kv), use_cache=True)
+        out = model(fed[None].to(model.device), **restore(model, kv).kwargs, use_cache=True)
     logits: torch.Tensor = out.logits[0]
     return logits
 

@@ -21,12 +21,13 @@ from typing import Literal
 import msgspec
 import torch
 
-from kvprism.codec.stream import decode, encode
 from kvprism.errors import BadInput
+from kvprism.evaluate.arms import sent
 from kvprism.evaluate.diagnosis import (
     ATTENTION_LIMIT,
     LayerDiagnosis,
     diagnose,
+    percent,
     rounded,
     setting_of,
 )
@@ -69,16 +70,38 @@ class Trials(Needles, frozen=True):
     fraction: float
 
 
-class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured, and the layers' final settings.
+
+    raw: the needles on the cache at 16 bits; published: SpectrumKV's own probe, greedy at nominal
+    b = 0.30 in the published code; ours: `spectrum` at exact b = 0.30 in `kvp.nested/1`;
+    conditioned: the same with conditioned keys, null without a conditioning in the profile;
+    confirmed: the recommended policy at the same budget. A layer's setting is what it needs:
+    `spectrum-adaptive` conditions plain layers that have a conditioning too as soon as one layer
+    needs it, because a request has one quantised code.
+    """
+
+    raw: Needles
+    published: Trials
+    ours: Trials
+    conditioned: Trials | None
+    confirmed: Trials
+    layers: tuple[LayerDiagnosis, ...]
+
+    @property
+    def settings(self) -> tuple[LayerSetting, ...]:
+        return tuple(layer.setting for layer in self.layers)
+
+    @property
+    def conclusive(self) -> bool:
+        return self.raw.successes == self.raw.trials
+
+
+class ProbeReport(Evidence, frozen=True, kw_only=True):
     """What the probe found and what follows from it.
 
-    context: tokens, fewer than the `context_wanted` where the model has no more positions; raw: the
-    needles on the cache at 16 bits; published: SpectrumKV's own probe, greedy at nominal b = 0.30
-    in the published code; ours: `spectrum` at exact b = 0.30 in `kvp.nested/1`; conditioned: the
-    same with conditioned keys, null without a conditioning in the profile; confirmed: the
-    recommended policy at the same budget; verdict: the strictest setting of any layer. A layer's
-    setting is what it needs: `spectrum-adaptive` conditions plain layers that have a conditioning
-    too as soon as one layer needs it, because a request has one quantised code.
+    context: tokens, fewer than the `context_wanted` where the model has no more positions; verdict:
+    the strictest setting of any layer.
     """
 
     model: str
@@ -86,12 +109,6 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     context_wanted: int
     depths: tuple[float, ...]
-    raw: Needles
-    published: Trials
-    ours: Trials
-    conditioned: Trials | None
-    confirmed: Trials
-    layers: tuple[LayerDiagnosis, ...]
     outlier_layers: tuple[int, ...]
     verdict: LayerSetting | Literal["inconclusive"]
     policy: str
@@ -107,7 +124,7 @@ class ProbeReport(msgspec.Struct, frozen=True, kw_only=True):
         return ProbeRecord(
             int4=self.ours.int4,
             conditioned="inconclusive" if self.conditioned is None else self.conditioned.int4,
-            settings=tuple(layer.setting for layer in self.layers),
+            settings=self.settings,
             reason=self.reason,
         )
 
@@ -226,7 +243,7 @@ def _through_the_wire(run: _Run, arm: _Arm, profile: Profile) -> tuple[RequestKV
         options=arm.options,
         profile=profile,
     )
-    return decode(encode(run.kv, chosen, profile=profile), profile=profile), chosen.fraction
+    return sent(run.kv, chosen, profile), chosen.fraction
 
 
 def _int4(found: int, raw: Needles) -> Verdict:
@@ -254,27 +271,7 @@ def _case(subject: LoadedModel, seed: int, context: int, number: int) -> Case:
     return case_of(needle_case(subject.tokenizer, context, DEPTHS[number], seed=(seed, number)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Evidence:
-    """What was measured, as in `ProbeReport`, and the layers' final settings."""
-
-    raw: Needles
-    published: Trials
-    ours: Trials
-    conditioned: Trials | None
-    confirmed: Trials
-    layers: tuple[LayerDiagnosis, ...]
-
-    @property
-    def settings(self) -> tuple[LayerSetting, ...]:
-        return tuple(layer.setting for layer in self.layers)
-
-    @property
-    def conclusive(self) -> bool:
-        return self.raw.successes == self.raw.trials
-
-
-def _evidence(bench: _Bench, say: Say) -> _Evidence:
+def _evidence(bench: _Bench, say: Say) -> Evidence:
     say("SpectrumKV's own probe")
     published = bench.try_arm(_PUBLISHED)
     say("the same needles in kvp.nested/1")
@@ -289,24 +286,26 @@ def _evidence(bench: _Bench, say: Say) -> _Evidence:
         msgspec.structs.replace(layer, setting=setting)
         for layer, setting in zip(layers, settings, strict=True)
     )
-    return _Evidence(bench.raw, published, ours, conditioned, confirmed, layers)
+    return Evidence(
+        raw=bench.raw,
+        published=published,
+        ours=ours,
+        conditioned=conditioned,
+        confirmed=confirmed,
+        layers=layers,
+    )
 
 
-def _report(bench: _Bench, seed: int, context: int, found: _Evidence) -> ProbeReport:
+def _report(bench: _Bench, seed: int, context: int, found: Evidence) -> ProbeReport:
     policy, made_by = _policy(found.settings), provenance(bench.subject.model)
     strictest = max(found.settings, key=_ORDER.index)
     return ProbeReport(
+        **msgspec.structs.asdict(found),
         model=bench.subject.name,
         seed=seed,
         context=len(bench.runs[0].case.context),
         context_wanted=context,
         depths=DEPTHS,
-        raw=found.raw,
-        published=found.published,
-        ours=found.ours,
-        conditioned=found.conditioned,
-        confirmed=found.confirmed,
-        layers=found.layers,
         outlier_layers=tuple(layer.layer for layer in found.layers if layer.outliers),
         verdict=strictest if found.conclusive else "inconclusive",
         policy=policy,
@@ -385,13 +384,13 @@ def _diagnose(bench: _Bench) -> tuple[LayerDiagnosis, ...]:
     )
 
 
-def _reason(found: _Evidence) -> str:
+def _reason(found: Evidence) -> str:
     """The verdict in words, with the figures that it rests on."""
     parts = (_about_needles, _about_attention, _about_outliers, _about_remedy, _about_confirmation)
     return " ".join(filter(None, (about(found) for about in parts)))
 
 
-def _about_needles(found: _Evidence) -> str:
+def _about_needles(found: Evidence) -> str:
     if not found.conclusive:
         return (
             f"The model itself finds {found.raw} needles at 16 bits, so that they say nothing "
@@ -403,19 +402,19 @@ def _about_needles(found: _Evidence) -> str:
     )
 
 
-def _about_attention(found: _Evidence) -> str:
+def _about_attention(found: Evidence) -> str:
     worst = max(found.layers, key=lambda layer: layer.int4.output)
     above = [layer for layer in found.layers if layer.int4.output > ATTENTION_LIMIT]
-    limit = f"the limit of {_percent(ATTENTION_LIMIT)}"
+    limit = f"the limit of {percent(ATTENTION_LIMIT)}"
     within = f", within {limit}"
     beyond = f"; {len(above)} of {len(found.layers)} layers are above {limit}"
     return (
-        f"INT4 moves the attention output by up to {_percent(worst.int4.output)} (layer "
-        f"{worst.layer}; INT8 {_percent(worst.int8.output)}){beyond if above else within}."
+        f"INT4 moves the attention output by up to {percent(worst.int4.output)} (layer "
+        f"{worst.layer}; INT8 {percent(worst.int8.output)}){beyond if above else within}."
     )
 
 
-def _about_outliers(found: _Evidence) -> str:
+def _about_outliers(found: Evidence) -> str:
     outliers = [outlier for layer in found.layers for outlier in layer.outliers]
     if not outliers:
         return ""
@@ -423,14 +422,14 @@ def _about_outliers(found: _Evidence) -> str:
     return f"{len(outliers)} key channels are outliers; the largest is {largest}."
 
 
-def _about_remedy(found: _Evidence) -> str:
+def _about_remedy(found: Evidence) -> str:
     needed = set(found.settings) != {"plain"}
     errors = [layer.conditioned.output for layer in found.layers if layer.conditioned is not None]
     if found.conditioned is None or not errors:
         return "There is no key conditioning to try." if needed else ""
     if needed:
         return (
-            f"With conditioned keys the attention output moves by at most {_percent(max(errors))}, "
+            f"With conditioned keys the attention output moves by at most {percent(max(errors))}, "
             f"in the layers that have a conditioning, and {found.conditioned} needles are found."
         )
     return (
@@ -439,7 +438,7 @@ def _about_remedy(found: _Evidence) -> str:
     )
 
 
-def _about_confirmation(found: _Evidence) -> str:
+def _about_confirmation(found: Evidence) -> str:
     if not found.conclusive:
         return ""
     proposed = tuple(setting_of(layer.int4, layer.conditioned) for layer in found.layers)
@@ -447,7 +446,3 @@ def _about_confirmation(found: _Evidence) -> str:
     if proposed != found.settings:
         return f"The errors alone would allow {ranges_of(proposed)}; the needles do not. {text}"
     return "" if found.confirmed in (found.ours, found.conditioned) else text
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"

@@ -46,7 +46,7 @@ from kvprism.integrations.families import (
     softcap_of,
     windows_of,
 )
-from kvprism.integrations.restored import RestoredCache, RestoredLayer
+from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
 __all__ = [
@@ -251,7 +251,7 @@ def capture(
     layers = tuple(
         _captured(i, layer, (first_visible(sliding, n_tokens), n_tokens), cache_dtype)
         for i, (layer, sliding) in enumerate(
-            zip(out.past_key_values.layers, sliding_windows, strict=True)
+            zip(getattr(out, CACHE).layers, sliding_windows, strict=True)
         )
     )
     views = tuple(recorder.view(kv) for kv in layers)
@@ -319,8 +319,9 @@ def rope_frequencies(model: PreTrainedModel) -> torch.Tensor:
 def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:
     """A cache that `model` continues at the true next position, `kv.next_position`.
 
-    It goes wherever transformers takes `past_key_values`: in a forward call with one or many new
-    tokens, and in `generate` with the *whole* ids (prompt and anything after it). To generate from
+    It goes wherever transformers takes a cache, as `**cache.kwargs` (the argument's name depends on
+    the version): in a forward call with one or many new tokens, and in `generate` with the *whole*
+    ids (prompt and anything after it). To generate from
     the prompt alone, let the model compute the last prompt position again: `cache.crop(-1)` first.
     A layer with a sliding window that is full cannot go back: capture the prompt without its last
     token instead. A continuation that starts elsewhere raises `PositionMismatch` and leaves the

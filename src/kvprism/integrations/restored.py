@@ -1,14 +1,20 @@
 """Restored caches: layers that know the true position of every token that they hold."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kvprism.errors import BadInput, PositionMismatch, ShapeMismatch
 from kvprism.integrations.families import first_visible
 from kvprism.tensors import LayerKV
+
+_FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
+# How models call their cache, as an argument and in what they return; renamed in transformers 5.24.
+CACHE = next(name for name in ("cache", "past_key_values") if name in _FIELDS)
 
 
 class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -132,6 +138,11 @@ class RestoredCache(Cache):
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__(layers=layers)
+
+    @property
+    def kwargs(self) -> "dict[str, RestoredCache]":
+        """This cache under the name by which the installed transformers takes one."""
+        return {CACHE: self}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions, in all layers or, on an error, in none."""

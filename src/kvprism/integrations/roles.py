@@ -280,7 +280,7 @@ class DecodeWorker(_Role):
     def _logits(self, cache: Any, ids: list[int]) -> torch.Tensor:
         """float64 `[token, vocabulary]` of the fed tokens."""
         with torch.inference_mode():
-            output = self._model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            output = self._model(torch.tensor([ids]), **cache.kwargs, use_cache=True)
         logits: torch.Tensor = output.logits[0].double()
         return logits
 
