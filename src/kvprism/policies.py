@@ -1,6 +1,6 @@
 """Policies as rows: name -> order of tokens x curve of tier counts x protected tokens x tempo."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from kvprism.codec.reference import Conditioned, quantisable
 from kvprism.core import KEYS, MENUS, Budget, Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
+from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
+from kvprism.evictions import EVICTIONS, Eviction, eviction_problem, protected
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
 from kvprism.profiles import LayerSetting, Profile, conditioning_for
@@ -32,9 +34,9 @@ from kvprism.solve import (
     solve_nominal,
     solve_prompt,
 )
-from kvprism.tensors import KeyConditioning, LayerView
+from kvprism.tensors import KeyConditioning, LayerView, Signal
 
-Order = Literal["importance", "random", "recency", "ends"]
+Order = Literal["importance", "random", "recency", "ends", "scores"]
 RECENT = 128
 
 
@@ -44,7 +46,8 @@ class Policy:
 
     tempo `whole_prompt` plans after prefill; `per_layer` plans each layer as soon as it exists.
     remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
-    `adaptive` what the profile's probe recommends for each layer.
+    `adaptive` what the profile's probe recommends for each layer. eviction: a row of `evictions.py`
+    that ranks and splits in order's and family's place.
     """
 
     summary: str
@@ -54,11 +57,16 @@ class Policy:
     recent: int = 0
     tempo: Literal["whole_prompt", "per_layer"] = "whole_prompt"
     remedy: Literal["none", "conditioned", "adaptive"] = "none"
+    eviction: Eviction | None = None
 
     @property
     def budgeted(self) -> bool:
         """False for the fixed-rate arms, which have one size and ignore the budget."""
         return self.family.floor < 1
+
+
+def _evicting(row: Eviction) -> Policy:
+    return Policy(row.summary, EVICT, "scores", row.sinks, row.recent, eviction=row)
 
 
 POLICIES = Registry(
@@ -112,6 +120,8 @@ POLICIES = Registry(
             Policy("sinks and the most recent tokens native", EVICT, order="recency", sinks=SINKS),
         ),
         ("pdtrim", Policy("first and last halves native, in all layers", EVICT, order="ends")),
+        ("full", Policy("FullKV: every token native, the name in papers on eviction", ALL_NATIVE)),
+        *((name, _evicting(row)) for name, row in EVICTIONS.items()),
     ],
 )
 
@@ -151,6 +161,12 @@ class PlanOptions:
 
 
 DEFAULT_OPTIONS = PlanOptions()
+
+
+def signals_of(policies: Iterable[str]) -> frozenset[Signal]:
+    """What a capture must be asked for so that these policies can plan; `UnknownName` as there."""
+    rows = [POLICIES[policy].eviction for policy in policies]
+    return frozenset(signal for row in rows if row for signal in row.signals)
 
 
 def plan(
@@ -198,10 +214,15 @@ def plan(
             f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
             f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
         )
-    problems = _problems(policy, shape, view, options, code)
-    if nominal and row.budgeted:
+    if row.eviction is not None:
+        cut = options.split or split_of(shape)
+        problem = eviction_problem(policy, shape, view, menu, cut, capability)
+        planned = _evict(problem, shape, budget, nominal)
+    elif nominal and row.budgeted:
+        problems = _problems(policy, shape, view, options, code)
         planned = _solve_nominal(row, problems, shape, _fraction(budget))
     else:
+        problems = _problems(policy, shape, view, options, code)
         planned = _solve(policy, problems, shape, budget, profile)
     for layer in planned.layers:
         layer.check_drops(menu, capability)
@@ -222,6 +243,8 @@ def plan_shape(
     Raises:
         UnknownName, BudgetTooSmall, Unsupported, ProfileMismatch, BadInput: as `plan`.
     """
+    if POLICIES[policy].eviction is not None:
+        return _evict(_dry_eviction(shape, policy, options), shape, budget, nominal=False)
     problems = _dry_problems(shape, policy, options, profile)
     return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, profile)
 
@@ -233,10 +256,31 @@ def smallest_nbytes(
     profile: Profile | None = None,
 ) -> int:
     """The smallest budget in bytes that the policy can do with."""
+    if POLICIES[policy].eviction is not None:
+        return _dry_eviction(shape, policy, options).plan(0).nbytes
     problems = _dry_problems(shape, policy, options, profile)
     if POLICIES[policy].tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
+
+
+def _dry_eviction(shape: KVShape, policy: str, options: PlanOptions) -> EvictionProblem:
+    cut = options.split or split_of(shape)
+    return eviction_problem(policy, shape, (), options.menu, cut, Capability())
+
+
+def _evict(
+    problem: EvictionProblem, shape: KVShape, budget: str | float | Budget | None, nominal: bool
+) -> Plan:
+    if nominal:
+        return solve_nominal_eviction(problem, _fraction(budget))
+    return solve_eviction(problem, Budget.parse(_given(problem.policy, budget), shape))
+
+
+def _given(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
+    if budget is None:
+        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    return budget
 
 
 def _dry_problems(
@@ -315,11 +359,9 @@ def _solve(
     profile: Profile | None,
 ) -> Plan:
     row = POLICIES[policy]
-    if budget is None:
-        if row.budgeted:
-            raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    if budget is None and not row.budgeted:
         return solve_prompt(problems, shape, None)
-    limit = Budget.parse(budget, shape)
+    limit = Budget.parse(_given(policy, budget), shape)
     if row.tempo == "per_layer":
         return solve_layers(problems, shape, limit, layer_shares(shape, profile))
     return solve_prompt(problems, shape, limit)
@@ -387,12 +429,12 @@ def _problem(
 ) -> TokenProblem:
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
-    protected = _protected(row, layer)
+    native = _protected(row, layer)
     return TokenProblem(
         policy=policy,
         family=row.family,
-        order=order[~np.isin(order, protected)],
-        protected=protected,
+        order=order[~np.isin(order, native)],
+        protected=native,
         menu=code.menu,
         pinned=_pinned(view, code),
     )
@@ -415,10 +457,7 @@ def _order(
 
 def _protected(row: Policy, layer: LayerShape) -> NDArray[np.intp]:
     """Token indices that stay native; sinks are the first of the prompt, not of a part of it."""
-    start, stop = layer.token_range
-    sinks = np.arange(start, max(start, min(stop, row.sinks)))
-    recent = np.arange(max(start, stop - row.recent), stop)
-    return np.union1d(sinks, recent) - start
+    return np.flatnonzero(protected(row.sinks, row.recent, layer))
 
 
 def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:

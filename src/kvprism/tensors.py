@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,6 +11,8 @@ from kvprism.errors import BadInput, ShapeMismatch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What a capture records only when it is asked to, because it costs time on every prompt.
+Signal = Literal["mass", "future_queries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,17 @@ class RequestKV:
 
 
 @dataclass(frozen=True, eq=False)
+class QueryStatistics:
+    """What is known of a layer's queries as a whole, float32.
+
+    mean: `[q_head, channel]`; covariance: `[q_head, channel, channel]`, over positions.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class LayerView:
     """All that a scorer may see of one layer.
 
@@ -107,16 +121,23 @@ class LayerView:
     heads that share a KV head stand together; softmax_scale: what the model multiplies query-key
     products with; softcap: its logit soft cap.
 
+    Signals, None unless the capture was asked for them: mass: float32 `[head, token]`, the
+    attention that each token got from all queries of the prompt; future_queries: what queries after
+    the prompt are expected to be, RoPE included.
+
     Raises:
-        ShapeMismatch: queries that do not go with the layer's keys.
+        ShapeMismatch: queries or signals that do not go with the layer's keys.
     """
 
     kv: LayerKV
     queries: torch.Tensor | None = None
     softmax_scale: float = 1.0
     softcap: float | None = None
+    mass: torch.Tensor | None = None
+    future_queries: QueryStatistics | None = None
 
     def __post_init__(self) -> None:
+        self._check_signals()
         if self.queries is None:
             return
         heads, tokens, channels = self.kv.components["k"].shape
@@ -126,6 +147,21 @@ class LayerView:
                 f"layer {self.kv.layer_id}: expected queries [multiple of {heads} heads, 1 to "
                 f"{tokens} positions, {channels} channels], got {got}"
             )
+
+    def _check_signals(self) -> None:
+        heads, tokens, channels = self.kv.components["k"].shape
+        if self.mass is not None and list(self.mass.shape) != [heads, tokens]:
+            raise ShapeMismatch(
+                f"layer {self.kv.layer_id}: expected attention mass [{heads} heads, {tokens} "
+                f"tokens], got {list(self.mass.shape)}"
+            )
+        if self.future_queries is not None:
+            got = list(self.future_queries.covariance.shape)
+            if len(got) != 3 or got[0] % heads or got[1:] != [channels, channels]:
+                raise ShapeMismatch(
+                    f"layer {self.kv.layer_id}: expected query statistics of [multiple of {heads} "
+                    f"heads, {channels}, {channels}], got {got}"
+                )
 
 
 @dataclass(frozen=True, eq=False)

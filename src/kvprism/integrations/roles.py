@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from kvprism.pipeline import Receiver, Sender
 from kvprism.plans import Plan
 from kvprism.policies import PlanOptions, plan
 from kvprism.profiles import Profile
-from kvprism.tensors import DTYPES, LayerView, RequestKV
+from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 
 T = TypeVar("T")
 
@@ -88,11 +88,16 @@ class PrefillWorker(_Role):
         self._captured: tuple[RequestKV, tuple[LayerView, ...]] | None = None
         self._plan: Plan | None = None
 
-    def prefill(self, ids: list[int]) -> dict[str, Any]:
-        """Run the prompt but for its last token, and keep its cache."""
+    def prefill(self, ids: list[int], signals: Sequence[Signal] = ()) -> dict[str, Any]:
+        """Run the prompt but for its last token, and keep its cache and what policies need of it.
+
+        signals: as `hf.capture`.
+        """
         started = time.perf_counter()
         prompt = torch.tensor(ids[:-1])
-        self._captured = hf.capture(self._model, prompt, cache_dtype=self._cache_dtype)
+        self._captured = hf.capture(
+            self._model, prompt, cache_dtype=self._cache_dtype, signals=signals
+        )
         self._plan = None
         elapsed_ms = _ms_since(started)
         shape = self._captured[0].shape()
