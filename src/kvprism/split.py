@@ -4,11 +4,12 @@ Weights say who gets the next token beyond the protected ones (`evict.py` grants
 None means that tokens of all layers compete by score. A later split may come from a profile.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from kvprism.score.attention import prefix_weights
+from kvprism.score.attention import prefix_weights, query_variance
 from kvprism.tensors import LayerView
 
 Scores = Sequence[torch.Tensor]
@@ -55,7 +56,7 @@ def cake_preference(n: int, views: Sequence[LayerView], scores: Scores) -> list[
 def _preference(prefix: torch.Tensor) -> torch.Tensor:
     """The logarithm of a layer's preference; in float64, because V^2.5 leaves float32's range."""
     entropy = -torch.special.xlogy(prefix, prefix).sum()
-    variance = prefix.var(dim=2, correction=0).sum()
+    variance = query_variance(prefix).sum()
     tiny = torch.finfo(prefix.dtype).tiny
     dispersion, shift = (x.clamp_min(tiny).log() for x in (entropy, variance))
     return dispersion / DISPERSION_TEMPERATURE + shift / SHIFT_TEMPERATURE
@@ -80,7 +81,7 @@ def _evenness(score: torch.Tensor) -> float:
         return LEAST
     share = flat / flat.sum().clamp_min(torch.finfo(flat.dtype).tiny)
     entropy = -torch.special.xlogy(share, share).sum()
-    return max(LEAST, float(entropy / torch.tensor(float(len(flat))).log()))
+    return max(LEAST, float(entropy) / math.log(len(flat)))
 
 
 def pooled(n: int, views: Sequence[LayerView], scores: Scores) -> list[float] | None:

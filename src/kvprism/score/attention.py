@@ -53,3 +53,8 @@ def prefix_weights(view: LayerView) -> torch.Tensor:
     """`window_weights` of the tokens before the window: `[head, q_head of it, window, prefix]`."""
     weights = window_weights(view)
     return weights[..., : weights.shape[-1] - weights.shape[2]]
+
+
+def query_variance(weights: torch.Tensor) -> torch.Tensor:
+    """The population variance over the window, axis 2; 0 where the window is one query."""
+    return (weights - weights.mean(dim=2, keepdim=True)).square().mean(dim=2)

@@ -9,7 +9,7 @@ define, not by number: numbers change between versions of a paper.
 import torch
 from torch.nn import functional
 
-from kvprism.score.attention import prefix_weights, window_weights
+from kvprism.score.attention import prefix_weights, query_variance, window_weights
 from kvprism.tensors import LayerView
 
 # CAKE's gamma, as in its published code: how much fluctuation counts.
@@ -58,11 +58,11 @@ def scissorhands(view: LayerView) -> torch.Tensor:
 def cake(view: LayerView) -> torch.Tensor:
     """CAKE's eviction indicator (arXiv 2503.12491): mean attention plus gamma times its variance.
 
-    Over the window's queries, gamma = 200, average-pooled over 5, mean over the
-    query heads of a KV head. The variance is the population's; with one query it is 0.
+    Over the window's queries, gamma = 200, average-pooled over 5, mean over the query heads of a KV
+    head. The variance is the population's; with one query it is 0.
     """
     prefix = prefix_weights(view)
-    score = prefix.mean(dim=2) + GAMMA * prefix.var(dim=2, correction=0)
+    score = prefix.mean(dim=2) + GAMMA * query_variance(prefix)
     return _whole(_average(score).mean(dim=1), view)
 
 
