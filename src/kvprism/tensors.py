@@ -22,6 +22,9 @@ class LayerKV:
     components: name -> `[head, token, channel]`, all of one dtype; positions: int64 `[token]`,
     ascending, the *original* positions of the tokens that are present.
 
+    held: where heads hold different tokens, bool `[head, token]`: a token is present when some head
+    holds it, and the rows of the others are padding, zeros that no query may attend to.
+
     Raises:
         ShapeMismatch: components disagree on tokens or dtype, or positions do not ascend from 0 on.
     """
@@ -29,6 +32,7 @@ class LayerKV:
     layer_id: int
     components: Mapping[str, torch.Tensor]
     positions: torch.Tensor
+    held: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.positions.dim() != 1 or self.positions.dtype != torch.int64:
@@ -48,12 +52,24 @@ class LayerKV:
             raise ShapeMismatch(
                 f"layer {self.layer_id}: expected components that share one dtype, got {dtypes}"
             )
+        self._check_held()
         steps = self.positions.diff(prepend=self.positions.new_tensor([-1]))
         if bool((steps < 1).any()):
             at = int((steps < 1).nonzero()[0])
             raise ShapeMismatch(
                 f"layer {self.layer_id}: positions must ascend from 0 on, got "
                 f"{int(self.positions[at])} as number {at}"
+            )
+
+    def _check_held(self) -> None:
+        shapes = {tuple(x.shape[:2]) for x in self.components.values()}
+        if self.held is not None and (
+            self.held.dtype != torch.bool or shapes != {tuple(self.held.shape)}
+        ):
+            raise ShapeMismatch(
+                f"layer {self.layer_id}: expected held rows as bool [head, token] of components of "
+                f"one such shape, got {self.held.dtype} {list(self.held.shape)} for "
+                f"{sorted(shapes)}"
             )
 
     @property
@@ -65,7 +81,7 @@ class LayerKV:
         if not len(self.positions):
             raise ShapeMismatch(f"layer {self.layer_id} holds no token; every one was dropped")
         start, stop = int(self.positions[0]), int(self.positions[-1]) + 1
-        if stop - start != len(self.positions):
+        if stop - start != len(self.positions) or self.held is not None:
             raise ShapeMismatch(
                 f"layer {self.layer_id}: tokens are missing between {start} and {stop}; only a "
                 "complete cache has a shape (was this one decoded from a plan that drops tokens?)"
@@ -96,7 +112,7 @@ class RequestKV:
 
     @property
     def resident_nbytes(self) -> int:
-        """Bytes that this cache occupies in memory after decode."""
+        """Bytes that this cache occupies in memory after decode, padding of heads included."""
         return sum(
             x.numel() * x.element_size() for la in self.layers for x in la.components.values()
         )

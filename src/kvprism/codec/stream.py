@@ -18,6 +18,7 @@ from kvprism.core import (
     CONDITIONED_CODEC,
     KEYS,
     ComponentShape,
+    Drop,
     KVShape,
     LayerShape,
     Tier,
@@ -35,7 +36,6 @@ from kvprism.layout import (
     WHOLE,
     Plane,
     Split,
-    TierArray,
     check_menu,
     plane_nbytes,
     unpack_tier_map,
@@ -189,10 +189,13 @@ def decode(
     *,
     profile: Profile | None = None,
     max_nbytes: int = MAX_REQUEST_NBYTES,
+    drop: Drop = "uniform",
 ) -> RequestKV:
     """Restore a request from its stream; tokens that were dropped are absent.
 
     profile: that of the encoder, which the conditioned code needs; the others do not look at it.
+    drop: `per_head` also takes streams whose heads keep different tokens, and pads them in memory:
+    see `LayerKV.held`.
 
     Raises:
         ProfileMismatch: the conditioned code, and not with this profile.
@@ -204,7 +207,7 @@ def decode(
     for event in parse(stream):
         session.handle(event)
         if isinstance(event, Offer):
-            assembler = Assembler(event, max_nbytes, profile)
+            assembler = Assembler(event, max_nbytes, profile, drop)
         elif isinstance(event, Segments) and assembler is not None:
             assembler.add(event)
     session.close()
@@ -267,7 +270,7 @@ def offered_conditioning(offer: Offer, profile: Profile | None) -> dict[int, Key
 class Assembler:
     """Restores a request from its pieces, in any order, straight into the destination tensors.
 
-    profile: for the conditioned code, as in `decode`.
+    profile: for the conditioned code, and drop: what is held here, as in `decode`.
 
     Whether the pieces tile the offered area is the session's business (`wire.intake`).
 
@@ -283,6 +286,7 @@ class Assembler:
         offer: Offer,
         max_nbytes: int = MAX_REQUEST_NBYTES,
         profile: Profile | None = None,
+        drop: Drop = "uniform",
     ) -> None:
         self.shape = offered_shape(offer)
         self.menu = menu_of(offer)
@@ -292,7 +296,8 @@ class Assembler:
                 "allowed here"
             )
         self._conditioning = offered_conditioning(offer, profile)
-        self._layers = {layer.layer_id: _LayerDestination(layer) for layer in self.shape.layers}
+        ragged = drop == "per_head"
+        self._layers = {la.layer_id: _LayerDestination(la, ragged) for la in self.shape.layers}
 
     def add(self, segments: Segments) -> None:
         """Decode every block of one manifest.
@@ -320,7 +325,7 @@ class Assembler:
                 f"layer {block.layer} component {block.component!r}: the tier map needs planes "
                 f"{ {int(plane): size for plane, size in expected.items()} }, got {got}"
             )
-        destination.keep(block, self._kept_by_all(block, tiers))
+        destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
         out = destination.rows(block)
         # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
         dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
@@ -333,54 +338,72 @@ class Assembler:
         if dense is not out:
             out.copy_(dense)
 
-    def _kept_by_all(self, block: Block, tiers: TierArray) -> NDArray[np.bool_]:
-        """`[token]`: which tokens the block keeps, in all of its heads."""
-        kept = np.array([tier.bits > 0 for tier in self.menu])[tiers]
-        if (kept != kept[:1]).any():
-            raise _not_uniform(block)
-        first: NDArray[np.bool_] = kept[0]
-        return first
-
     def finish(self) -> RequestKV:
-        """The restored cache, dropped tokens left out; every piece was added."""
+        """The restored cache, dropped tokens left out; every piece was added.
+
+        Raises:
+            CodecError: keys and values of different tokens.
+        """
         layers = tuple(destination.finish() for destination in self._layers.values())
         return RequestKV(layers, self.shape.next_position)
 
 
 class _LayerDestination:
-    """The tensors of one layer, allocated when its first piece comes, and which tokens are kept."""
+    """The tensors of one layer, allocated when its first piece comes, and which rows are kept.
 
-    def __init__(self, shape: LayerShape) -> None:
-        self.shape = shape
+    ragged: whether heads may keep different tokens.
+    """
+
+    def __init__(self, shape: LayerShape, ragged: bool) -> None:
+        self.shape, self._ragged = shape, ragged
         self._components: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, NDArray[np.bool_]] = {}
         self._known = self._kept = np.zeros(0, bool)
 
     def keep(self, block: Block, kept: NDArray[np.bool_]) -> None:
-        """Take note of the kept tokens; a receiver holds one set of tokens per layer."""
+        """Take note of the kept rows `[head, token]`; unless ragged, of one set of tokens."""
         if not self._components:
             self._allocate()
         tokens = self._tokens(block)
+        self._rows[block.component][slice(*block.heads), tokens] = kept
+        if self._ragged:
+            return
         known = self._known[tokens]
-        if (known & (self._kept[tokens] != kept)).any():
+        if (kept != kept[:1]).any() or (known & (self._kept[tokens] != kept[0])).any():
             raise _not_uniform(block)
-        self._known[tokens], self._kept[tokens] = True, kept
+        self._known[tokens], self._kept[tokens] = True, kept[0]
 
     def rows(self, block: Block) -> torch.Tensor:
         """The `[head, token, channel]` part of the destination that a block fills."""
         return self._components[block.component][slice(*block.heads), self._tokens(block)]
 
     def finish(self) -> LayerKV:
-        positions = torch.from_numpy(np.flatnonzero(self._kept)) + self.shape.token_range[0]
-        components = self._components
-        if not self._kept.all():
-            mask = torch.from_numpy(self._kept)
+        rows = self._rows_of_all()
+        kept = rows.any(axis=0)
+        positions = torch.from_numpy(np.flatnonzero(kept)) + self.shape.token_range[0]
+        components, mask = self._components, torch.from_numpy(kept)
+        if not kept.all():
             components = {name: x[:, mask] for name, x in components.items()}
-        return LayerKV(self.shape.layer_id, components, positions)
+        held = None if rows[:, kept].all() else torch.from_numpy(rows[:, kept])
+        return LayerKV(self.shape.layer_id, components, positions, held)
+
+    def _rows_of_all(self) -> NDArray[np.bool_]:
+        """`[head, token]`: the rows that are kept, of every component the same."""
+        if not self._ragged:
+            return self._kept[None]
+        first, *others = self._rows.values()
+        if any(not np.array_equal(first, other) for other in others):
+            raise CodecError(
+                f"layer {self.shape.layer_id}: components {list(self._rows)} keep different rows; "
+                "a key is of no use without its value, nor a value without its key"
+            )
+        return first
 
     def _allocate(self) -> None:
         n, dtype = self.shape.n_tokens, DTYPES[self.shape.dtype]
         for name, heads, channels in self.shape.components:
             self._components[name] = torch.zeros(heads, n, channels, dtype=dtype)
+            self._rows[name] = np.zeros((heads, n), bool)
         self._known, self._kept = np.zeros(n, bool), np.zeros(n, bool)
 
     def _tokens(self, block: Block) -> slice:

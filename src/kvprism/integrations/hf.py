@@ -188,7 +188,7 @@ def _attend(
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
             layer.check_positions(kwargs.get("position_ids"))
-        attention_mask = layer.columns(attention_mask, query.shape[2])
+        attention_mask = layer.mask(attention_mask, query)
     return _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
 
 

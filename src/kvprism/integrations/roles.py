@@ -22,6 +22,8 @@ from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 T = TypeVar("T")
 
 TIER_LETTERS = "n84."
+# Restored caches hold heads with tokens of their own, padded in memory.
+HOLDS = Capability(drop="per_head")
 # A long prompt on a slow link; a peer that stands still is noticed in seconds all the same.
 LEASE_S = 3600.0
 DEFINITIONS = {
@@ -114,7 +116,10 @@ class PrefillWorker(_Role):
         options: Mapping[str, Any] | None = None,
         capability: Capability | None = None,
     ) -> dict[str, Any]:
-        """Decide the tier of every token of the prefilled cache."""
+        """Decide the tier of every token of the prefilled cache.
+
+        capability: what the decode side can hold, by default what a `DecodeWorker` can.
+        """
         _, view = _required(self._captured, "prefilled")
         started = time.perf_counter()
         self._plan = plan(
@@ -122,7 +127,7 @@ class PrefillWorker(_Role):
             policy,
             budget,
             options=PlanOptions(**(options or {})),
-            capability=capability,
+            capability=capability or HOLDS,
             profile=self._profile,
         )
         return {
@@ -194,6 +199,7 @@ class DecodeWorker(_Role):
             port=port,
             fingerprint=self._fingerprint,
             profile=profile,
+            capability=HOLDS,
             expected=hf.shape_of(self._model, 1),
             lease_s=LEASE_S,
             allow_remote=allow_remote,
