@@ -339,11 +339,7 @@ class Assembler:
             out.copy_(dense)
 
     def finish(self) -> RequestKV:
-        """The restored cache, dropped tokens left out; every piece was added.
-
-        Raises:
-            CodecError: keys and values of different tokens.
-        """
+        """The restored cache, dropped tokens left out; every piece was added."""
         layers = tuple(destination.finish() for destination in self._layers.values())
         return RequestKV(layers, self.shape.next_position)
 
@@ -357,28 +353,39 @@ class _LayerDestination:
     def __init__(self, shape: LayerShape, ragged: bool) -> None:
         self.shape, self._ragged = shape, ragged
         self._components: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, NDArray[np.bool_]] = {}
+        # Ragged: component -> what is known of its rows, and which are kept, both [head, token].
+        self._rows: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
         self._known = self._kept = np.zeros(0, bool)
 
     def keep(self, block: Block, kept: NDArray[np.bool_]) -> None:
-        """Take note of the kept rows `[head, token]`; unless ragged, of one set of tokens."""
+        """Take note of the kept rows `[head, token]`: in all components the same, if not more."""
         if not self._components:
             self._allocate()
         tokens = self._tokens(block)
-        self._rows[block.component][slice(*block.heads), tokens] = kept
         if self._ragged:
+            self._keep_rows(block, (slice(*block.heads), tokens), kept)
             return
         known = self._known[tokens]
         if (kept != kept[:1]).any() or (known & (self._kept[tokens] != kept[0])).any():
             raise _not_uniform(block)
         self._known[tokens], self._kept[tokens] = True, kept[0]
 
+    def _keep_rows(self, block: Block, area: tuple[slice, slice], kept: NDArray[np.bool_]) -> None:
+        own = self._rows[block.component]
+        for name, (known, rows) in self._rows.items():
+            if rows.shape != own[1].shape or (known[area] & (rows[area] != kept)).any():
+                raise CodecError(
+                    f"layer {block.layer}: components {block.component!r} and {name!r} keep "
+                    "different rows; a key is of no use without its value, nor a value without it"
+                )
+        own[0][area], own[1][area] = True, kept
+
     def rows(self, block: Block) -> torch.Tensor:
         """The `[head, token, channel]` part of the destination that a block fills."""
         return self._components[block.component][slice(*block.heads), self._tokens(block)]
 
     def finish(self) -> LayerKV:
-        rows = self._rows_of_all()
+        rows = next(iter(self._rows.values()))[1] if self._ragged else self._kept[None]
         kept = rows.any(axis=0)
         positions = torch.from_numpy(np.flatnonzero(kept)) + self.shape.token_range[0]
         components, mask = self._components, torch.from_numpy(kept)
@@ -387,23 +394,11 @@ class _LayerDestination:
         held = None if rows[:, kept].all() else torch.from_numpy(rows[:, kept])
         return LayerKV(self.shape.layer_id, components, positions, held)
 
-    def _rows_of_all(self) -> NDArray[np.bool_]:
-        """`[head, token]`: the rows that are kept, of every component the same."""
-        if not self._ragged:
-            return self._kept[None]
-        first, *others = self._rows.values()
-        if any(not np.array_equal(first, other) for other in others):
-            raise CodecError(
-                f"layer {self.shape.layer_id}: components {list(self._rows)} keep different rows; "
-                "a key is of no use without its value, nor a value without its key"
-            )
-        return first
-
     def _allocate(self) -> None:
         n, dtype = self.shape.n_tokens, DTYPES[self.shape.dtype]
         for name, heads, channels in self.shape.components:
             self._components[name] = torch.zeros(heads, n, channels, dtype=dtype)
-            self._rows[name] = np.zeros((heads, n), bool)
+            self._rows[name] = np.zeros((heads, n), bool), np.zeros((heads, n), bool)
         self._known, self._kept = np.zeros(n, bool), np.zeros(n, bool)
 
     def _tokens(self, block: Block) -> slice:
@@ -415,5 +410,5 @@ def _not_uniform(block: Block) -> CodecError:
     return CodecError(
         f"layer {block.layer} component {block.component!r}, heads {block.heads}, tokens "
         f"{block.tokens}: heads or components keep different tokens; this receiver holds one set "
-        "of tokens per layer (capability drop=uniform)"
+        "of tokens per layer (capability drop=uniform); drop='per_head' holds them too, padded"
     )
