@@ -5,7 +5,6 @@ the layer whose turn it is and there to the best scores, until the budget is ful
 *unit*: one token in all heads of its layer (`shared`), or one row of one head.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,7 +145,8 @@ def grants(problems: Sequence[LayerProblem], weights: Sequence[float] | None) ->
             )
         claims = [w / np.arange(1, n + 1) for w, n in zip(weights, sizes, strict=True)]
     layers: NDArray[np.intp] = np.repeat(np.arange(len(sizes)), sizes)
-    return layers[np.argsort(-np.concatenate(claims), kind="stable")]
+    order = np.argsort(-np.concatenate(claims), kind="stable")
+    return np.take(layers, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +175,10 @@ class EvictionProblem:
         each = np.array([layer.unit_nbytes for layer in self.layers], np.int64)
         return protected + np.concatenate([[0], np.cumsum(each[self.granted])])
 
+    def units_within(self, nbytes: int) -> int:
+        """The most units with a payload of at most `nbytes`; -1 if protected tokens are more."""
+        return int(np.searchsorted(self.payload, nbytes, side="right")) - 1
+
 
 def solve_eviction(problem: EvictionProblem, budget: Budget) -> Plan:
     """Keep as much as fits: one unit more would be over the budget, or there is none.
@@ -193,19 +197,19 @@ def solve_eviction(problem: EvictionProblem, budget: Budget) -> Plan:
 def _most_units(problem: EvictionProblem, given: int) -> int:
     """A number that fits while the next does not; 0 fits.
 
-    Payload alone bounds it from above. Framing and padding are little beside it, so a gallop down
-    from there soon finds a number that fits, and the border lies between the two.
+    Payload alone bounds it from above. What framing and padding exceed the budget by is taken off
+    the payload, which leads to a number that fits, and just below the border: from there upwards.
     """
-    over = bisect_right(problem.payload.tolist(), given)
+    over = problem.units_within(given) + 1
     fits, step = over - 1, 1
-    while fits > 0 and problem.plan(fits).nbytes > given:
-        over, fits, step = fits, max(0, fits - step), 2 * step
+    while fits > 0 and (excess := problem.plan(fits).nbytes - given) > 0:
+        over, fits = fits, max(0, problem.units_within(int(problem.payload[fits]) - excess))
     while over - fits > 1:
-        middle = (over + fits) // 2
-        if problem.plan(middle).nbytes > given:
-            over = middle
+        probe = min(fits + step, over - 1)
+        if problem.plan(probe).nbytes > given:
+            over, step = probe, 1
         else:
-            fits = middle
+            fits, step = probe, 2 * step
     return fits
 
 
@@ -223,4 +227,4 @@ def solve_nominal_eviction(problem: EvictionProblem, b: float) -> Plan:
     if problem.payload[0] > given:
         needed = int(problem.payload[0])
         raise BudgetTooSmall(problem.policy, needed, given, shape.native_nbytes)
-    return problem.plan(bisect_right(problem.payload.tolist(), given) - 1)
+    return problem.plan(problem.units_within(given))

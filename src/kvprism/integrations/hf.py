@@ -230,14 +230,14 @@ class _QueryRecorder:
     def record(
         self, layer_id: int, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
     ) -> None:
-        recorded = {
+        scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
+        window = self._windows[layer_id]
+        recorded: dict[str, Any] = {
             "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
-            "softmax_scale": float(kwargs["scaling"]),
-            "softcap": kwargs.get("softcap"),
+            "softmax_scale": scale,
+            "softcap": softcap,
         }
         if "mass" in self._signals:
-            scale, softcap = recorded["softmax_scale"], recorded["softcap"]
-            window = self._windows[layer_id]
             recorded["mass"] = attention_mass(query[0], key[0], scale, softcap, window)
         if self._frequencies is not None:
             recorded["future_queries"] = query_statistics(query[0], self._frequencies)
