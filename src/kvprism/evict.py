@@ -118,7 +118,7 @@ class LayerProblem:
 
 def _rounded(exact: NDArray[np.floating], total: int, most: int) -> NDArray[np.intp]:
     """Whole numbers near `exact`, at most `most` each, that sum to `total`."""
-    counts = np.minimum(np.floor(exact).astype(np.intp), most)
+    counts: NDArray[np.intp] = np.minimum(np.floor(exact).astype(np.intp), most)
     by_remainder = np.argsort(counts - exact, kind="stable")
     while counts.sum() < total:
         room = by_remainder[counts[by_remainder] < most]

@@ -112,19 +112,25 @@ def eviction_problem(
     """
     row = EVICTIONS[policy]
     scores = [row.scorer(layer) for layer in view]
-    chosen = row.heads if capability.drop == "per_head" else "shared"
+    known: Sequence[torch.Tensor | None] = scores or [None] * len(shape.layers)
     layers = [
-        LayerProblem(layer, array, protected(row.sinks, row.recent, layer), chosen)
-        for layer, array in zip(shape.layers, _arrays(shape, scores), strict=True)
+        layer_problem(row, layer, score, capability)
+        for layer, score in zip(shape.layers, known, strict=True)
     ]
     granted = grants(layers, row.layers(len(layers), view, scores))
     return EvictionProblem(policy, layers, granted, menu, cut)
 
 
-def _arrays(shape: KVShape, scores: Sequence[torch.Tensor]) -> list[NDArray[np.floating]]:
-    if not scores:
-        return [np.arange(la.n_tokens)[None] * np.ones(_heads(la))[:, None] for la in shape.layers]
-    return [score.float().cpu().numpy() for score in scores]
+def layer_problem(
+    row: Eviction, layer: LayerShape, score: torch.Tensor | None, capability: Capability
+) -> LayerProblem:
+    """One layer as a row sees it; score: what its scorer gave, or None in a dry run."""
+    if score is None:
+        array: NDArray[np.floating] = np.tile(np.arange(float(layer.n_tokens)), (_heads(layer), 1))
+    else:
+        array = score.float().cpu().numpy()
+    heads = row.heads if capability.drop == "per_head" else "shared"
+    return LayerProblem(layer, array, protected(row.sinks, row.recent, layer), heads)
 
 
 def _heads(layer: LayerShape) -> int:

@@ -195,10 +195,14 @@ def plan(
     follows the 2-tier curve at the same nominal b, so that below b = 0.5 it drops tokens that the
     other layers keep.
 
+    Eviction policies rank and choose in every layer by itself: by head where the receiver's
+    capability is `per_head`, else the same tokens in all heads, by the mean of their scores.
+
     Raises:
         UnknownName: no such policy.
         BudgetTooSmall: nothing legal fits; carries the minimum.
-        MissingSignal: importance `attention` without captured queries.
+        MissingSignal: importance `attention` without captured queries, or an eviction policy
+            without what `signals_of` names.
         Unsupported: the receiver's capability rules the policy out.
         ProfileMismatch: the profile does not have what the policy or the codec needs.
         BadInput: a budgeted policy without a budget, a profile of another number of layers, or the
@@ -238,6 +242,7 @@ def plan_shape(
 ) -> Plan:
     """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
 
+    Layers share uniformly where an eviction policy's shares follow the data; that moves padding.
     Without a profile `spectrum-adaptive` has the sizes of `spectrum`.
 
     Raises:

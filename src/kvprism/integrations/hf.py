@@ -10,7 +10,8 @@ everything else through, so that any other call of the model stays bit-identical
 The mask is shared by all layers, or by all with a sliding window and all without, and is made for
 the *true* length, because a restored cache answers with the true next position when it is asked for
 its length. A layer that lost tokens holds fewer keys than the mask has columns: the columns of the
-positions that it still holds are its own mask.
+positions that it still holds are its own mask. Where heads hold different tokens, each is padded to
+what any of them holds, and the padding is masked head by head.
 """
 
 import sys

@@ -44,8 +44,9 @@ def _expected_logits(keys: torch.Tensor, statistics: QueryStatistics) -> torch.T
     mean = statistics.mean.reshape(heads, -1, channels)
     covariance = statistics.covariance.reshape(heads, -1, channels, channels)
     linear = mean @ keys.mT
-    spread = ((keys[:, None] @ covariance) * keys[:, None]).sum(dim=-1)
-    return linear + spread / 2
+    # One query head at a time: all of them would hold a copy of the keys each.
+    spread = [((keys @ one) * keys).sum(dim=-1) for one in covariance.unbind(dim=1)]
+    return linear + torch.stack(spread, dim=1) / 2
 
 
 def query_statistics(
