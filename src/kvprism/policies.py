@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.codec.reference import Conditioned, quantisable
-from kvprism.core import KEYS, MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.core import KEYS, MENUS, ONE_WIDTH_MENUS, Budget, Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
@@ -44,7 +44,8 @@ class Policy:
 
     tempo `whole_prompt` plans after prefill; `per_layer` plans each layer as soon as it exists.
     remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
-    `adaptive` what the profile's probe recommends for each layer.
+    `adaptive` what the profile's probe recommends for each layer. code: of a policy that is about
+    one code, in `MENUS` or `ONE_WIDTH_MENUS`.
     """
 
     summary: str
@@ -54,6 +55,7 @@ class Policy:
     recent: int = 0
     tempo: Literal["whole_prompt", "per_layer"] = "whole_prompt"
     remedy: Literal["none", "conditioned", "adaptive"] = "none"
+    code: str | None = None
 
     @property
     def budgeted(self) -> bool:
@@ -71,6 +73,23 @@ POLICIES = Registry(
             "int4-sinks-recent",
             Policy("INT4, sinks and last 128 native", ALL_INT4, sinks=SINKS, recent=RECENT),
         ),
+        (
+            "int4-affine",
+            Policy("INT4, a scale and an offset per token and head", ALL_INT4, code="affine"),
+        ),
+        (
+            "int4-hadamard",
+            Policy("the same after a Hadamard rotation, as vLLM's", ALL_INT4, code="hadamard"),
+        ),
+        (
+            "int4-grouped",
+            Policy("a scale and an offset per 32 channels", ALL_INT4, code="grouped"),
+        ),
+        (
+            "int4-kivi",
+            Policy("KIVI: per-channel keys; last 128 native", ALL_INT4, recent=RECENT, code="kivi"),
+        ),
+        ("fp8", Policy("every token FP8 (e4m3), a scale per token and head", ALL_INT8, code="fp8")),
         ("spectrum", Policy("SpectrumKV SinkProtect: sinks, then greedy", GREEDY, sinks=SINKS)),
         (
             "spectrum-layer",
@@ -125,7 +144,8 @@ class PlanOptions:
 
     importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
     end; seed: for the random orders; codec: `nested` (ours), `conditioned` (the same with the
-    profile's key conditioning) or `published` (the papers' code); split: how the stream is cut, by
+    profile's key conditioning), `published` (the papers' code), or what others have: `affine`,
+    `hadamard`, `grouped`; split: how the stream is cut, by
     default as `layout.split_of` says.
 
     Raises:
@@ -275,8 +295,16 @@ def code_of(shape: KVShape, policy: str, options: PlanOptions, profile: Profile 
 
 
 def _menu(policy: str, options: PlanOptions, conditioned: bool) -> tuple[Tier, ...]:
-    remedy = POLICIES[policy].remedy
-    if remedy != "none" and options.codec == "published":
+    row = POLICIES[policy]
+    if row.code is not None:
+        if options.codec != DEFAULT_OPTIONS.codec:
+            raise BadInput(
+                f"policy {policy!r} is about the code {row.code!r}, got codec {options.codec!r}; "
+                "leave the codec out"
+            )
+        return (MENUS | ONE_WIDTH_MENUS)[row.code]
+    remedy = row.remedy
+    if remedy != "none" and options.codec not in ("nested", "conditioned"):
         raise BadInput(
             f"policy {policy!r} chooses between the codecs nested and conditioned, got "
             f"{options.codec!r}; leave the codec out"

@@ -233,7 +233,7 @@ def _token_nbytes(problem: TokenProblem, layers: Sequence[LayerShape]) -> list[i
     """Payload bytes of one token in all of these layers, for each tier that is not dropped."""
     return [
         sum(
-            component.heads * row_nbytes(tier, component.channels, layer.itemsize)
+            component.heads * row_nbytes(tier, component.channels, layer.itemsize, component.name)
             for layer in layers
             for component in layer.components
         )
