@@ -151,9 +151,11 @@ def test_a_nominal_plan_spends_the_payload_that_it_is_given(family: Family, b: f
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[TokenProblem, KVShape]:
-    n = draw(st.integers(1, 24))
+    n, codec = draw(st.integers(1, 24)), draw(st.sampled_from(list(MENUS)))
+    # Groups of 32 channels, and offsets that a row of 4 channels cannot pay.
+    channels = [4, 8, 64, 512] if codec in ("nested", "conditioned", "published") else [64, 512]
     components = tuple(
-        ComponentShape(name, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 64, 512])))
+        ComponentShape(name, draw(st.integers(1, 3)), draw(st.sampled_from(channels)))
         for name in "kv"
     )
     dtype = draw(st.sampled_from(["bfloat16", "float32"]))
@@ -167,7 +169,7 @@ def problems(draw: st.DrawFn) -> tuple[TokenProblem, KVShape]:
         draw(st.sampled_from([*BUDGETED, ALL_INT4])),
         n,
         sinks=draw(st.sampled_from([0, 4])),
-        codec=draw(st.sampled_from(list(MENUS))),
+        codec=codec,
         pinned=pinned,
         split=Split(draw(st.none() | st.integers(3, 9)), draw(st.none() | st.just(1))),
         seed=draw(st.integers(0, 9)),
@@ -244,7 +246,7 @@ def test_what_is_left_of_a_budget_is_less_than_a_token(family: Family, codec: st
     # components, begun with 256 bytes, an index in the map, and a wider map (1 bit a token).
     token = 4 * (2 * 2 * 64 * 2)
     new = 4 * (2 * 5 * (256 + 32) + 4 + 700 // 8)
-    for fraction in np.linspace(0.30, 0.98, 18):
+    for fraction in np.linspace(0.34, 0.98, 18):
         budget = int(fraction * shape.reference_nbytes)
         left = budget - solve_prompt([problem], shape, Budget(budget)).nbytes
         assert 0 <= left < token + new

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from kvprism.errors import BadInput
+from kvprism.integrations.hf import load
 from training.recipe import Optimizer, Recipe
 
 SPECIAL = {
@@ -18,6 +20,8 @@ SPECIAL = {
 
 
 EMBEDDING_STD = 0.02
+# The norms through which Gemma-2's attention and MLP add to the residual.
+GEMMA_OUTPUTS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 
 
 def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
@@ -41,10 +45,13 @@ def train_tokenizer(text: str, vocabulary: int) -> Tokenizer:
 
 
 def build(recipe: Recipe, seed: int) -> Any:
-    """A float32 model with seeded weights.
+    """A float32 model with seeded weights, or with those of the recipe's `start`.
 
     Normal, 1 / sqrt(fan-in); what adds to the residual starts at zero. Drawn like the rest it would
     drown the embeddings, and copying, which everything here needs, would not be learnt.
+
+    Raises:
+        BadInput: a `start` of another shape.
     """
     torch.manual_seed(seed)
     settings = {key: value for key, value in recipe.model.items() if key != "model_type"}
@@ -64,9 +71,24 @@ def build(recipe: Recipe, seed: int) -> Any:
                 parameter.normal_(
                     std=EMBEDDING_STD if "embed" in name else parameter.shape[1] ** -0.5
                 )
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if recipe.model["model_type"] == "gemma2":
+                # Norms count from 1, and a norm of zeros has no useful gradient.
+                if name.endswith(GEMMA_OUTPUTS):
+                    parameter.fill_(-1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
+    if recipe.start is not None:
+        _take_weights(model, recipe.start)
     return model.train()
+
+
+def _take_weights(model: Any, start: str) -> None:
+    given, _ = load(start)
+    shapes, found = ({n: x.shape for n, x in m.named_parameters()} for m in (model, given))
+    if shapes != found:
+        other = sorted(n for n in {*shapes, *found} if shapes.get(n) != found.get(n))
+        raise BadInput(f"{start} does not fit the recipe's model: other shapes for {other}")
+    model.load_state_dict(given.state_dict())
 
 
 def optimizer_of(model: Any, settings: Optimizer) -> torch.optim.AdamW:

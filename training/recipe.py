@@ -49,7 +49,8 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What to train, on what, and when to go on.
 
-    model: a transformers configuration, `model_type` included.
+    model: a transformers configuration, `model_type` included; start: a model by name or folder,
+    whose weights are trained further instead of drawn ones.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vocabulary: Count
     model: dict[str, Any]
     optimizer: Optimizer
+    start: str | None = None
     stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
 
     @classmethod

@@ -22,6 +22,13 @@ DROP_CODEC = "kvp.drop/1"
 NESTED_CODEC = "kvp.nested/1"
 CONDITIONED_CODEC = "kvp.conditioned/1"
 ABSMAX_CODEC = "kvp.absmax/1"
+# What others do, for comparison: a scale and an offset per row, per group of channels, or (keys in
+# KIVI) per channel and group of tokens; bytes of 8-bit floating point.
+AFFINE_CODEC = "kvp.affine/1"
+HADAMARD_CODEC = "kvp.affine-hadamard/1"
+GROUPED_CODEC = "kvp.affine-g32/1"
+KIVI_CODEC = "kvp.kivi/1"
+FP8_CODEC = "kvp.fp8-e4m3/1"
 
 # The component that key conditioning is for.
 KEYS = "k"
@@ -168,14 +175,27 @@ INT8 = Tier("int8", NESTED_CODEC, 8)
 INT4 = Tier("int4", NESTED_CODEC, 4)
 DROP = Tier("drop", DROP_CODEC, 0)
 MENU = (NATIVE, INT8, INT4, DROP)
-CONDITIONED_MENU = (
-    NATIVE,
-    Tier("int8", CONDITIONED_CODEC, 8),
-    Tier("int4", CONDITIONED_CODEC, 4),
-    DROP,
-)
-PUBLISHED_MENU = (NATIVE, Tier("int8", ABSMAX_CODEC, 8), Tier("int4", ABSMAX_CODEC, 4), DROP)
-MENUS = {"nested": MENU, "conditioned": CONDITIONED_MENU, "published": PUBLISHED_MENU}
+
+
+def _menu(codec: str) -> tuple[Tier, ...]:
+    return (NATIVE, Tier("int8", codec, 8), Tier("int4", codec, 4), DROP)
+
+
+CONDITIONED_MENU = _menu(CONDITIONED_CODEC)
+PUBLISHED_MENU = _menu(ABSMAX_CODEC)
+MENUS = {
+    "nested": MENU,
+    "conditioned": CONDITIONED_MENU,
+    "published": PUBLISHED_MENU,
+    "affine": _menu(AFFINE_CODEC),
+    "hadamard": _menu(HADAMARD_CODEC),
+    "grouped": _menu(GROUPED_CODEC),
+}
+# Codes of one width: the place of the other holds no bits.
+ONE_WIDTH_MENUS = {
+    "kivi": (NATIVE, DROP, Tier("int4", KIVI_CODEC, 4), DROP),
+    "fp8": (NATIVE, Tier("fp8", FP8_CODEC, 8), DROP, DROP),
+}
 
 _UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # float32 is twice the reference: a larger bare number is a percentage or a size without its unit.
@@ -295,6 +315,11 @@ class Capability:
         NESTED_CODEC,
         CONDITIONED_CODEC,
         ABSMAX_CODEC,
+        AFFINE_CODEC,
+        HADAMARD_CODEC,
+        GROUPED_CODEC,
+        KIVI_CODEC,
+        FP8_CODEC,
     )
     block: int = 1
 

@@ -8,14 +8,21 @@ plane holds one row per (head, token) whose tier uses it, head-major; a dropped 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.core import (
     ABSMAX_CODEC,
+    AFFINE_CODEC,
     CONDITIONED_CODEC,
     DROP_CODEC,
+    FP8_CODEC,
+    GROUPED_CODEC,
+    HADAMARD_CODEC,
+    KEYS,
+    KIVI_CODEC,
     MAX_MENU,
     NATIVE_CODEC,
     NESTED_CODEC,
@@ -48,14 +55,55 @@ PLANES: Mapping[tuple[str, int], tuple[Plane, ...]] = {
     (CONDITIONED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
     (ABSMAX_CODEC, 8): (Plane.SCALE, Plane.BYTE),
     (ABSMAX_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (AFFINE_CODEC, 8): (Plane.SCALE, Plane.BYTE),
+    (AFFINE_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (HADAMARD_CODEC, 8): (Plane.SCALE, Plane.BYTE),
+    (HADAMARD_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (GROUPED_CODEC, 8): (Plane.SCALE, Plane.BYTE),
+    (GROUPED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (KIVI_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (FP8_CODEC, 8): (Plane.SCALE, Plane.BYTE),
 }
 
 
+class Scales(NamedTuple):
+    """What shares a scale: `tokens` quantised rows of a head, `channels` of a row (0: all of it).
+
+    numbers: float16 each; 1 is a scale, 2 are a scale and an offset.
+    """
+
+    tokens: int = 1
+    channels: int = 0
+    numbers: int = 1
+
+    def nbytes(self, rows: int, channels: int) -> int:
+        """Of the scales of this many rows of one head."""
+        groups = channels // self.channels if self.channels else 1
+        return -(-rows // self.tokens) * groups * self.numbers * 2
+
+
+GROUP = 32
+_GROUPED = Scales(channels=GROUP, numbers=2)
+_IN_GROUPS = (GROUPED_CODEC, KIVI_CODEC)
+_SCALES = {
+    AFFINE_CODEC: Scales(numbers=2),
+    HADAMARD_CODEC: Scales(numbers=2),
+    GROUPED_CODEC: _GROUPED,
+    KIVI_CODEC: _GROUPED,
+}
+
+
+def scales_of(codec: str, component: str) -> Scales:
+    """What shares a scale in a component; KIVI's keys have scales per channel, all else per row."""
+    if codec == KIVI_CODEC and component == KEYS:
+        return Scales(tokens=GROUP, channels=1, numbers=2)
+    return _SCALES.get(codec, Scales())
+
+
 def plane_row_nbytes(plane: Plane, channels: int, itemsize: int) -> int:
-    """Bytes of one row of `plane`."""
+    """Bytes of one row of `plane`, which is not the scale plane."""
     return {
         Plane.NATIVE: channels * itemsize,
-        Plane.SCALE: 2,
         Plane.ANCHOR: channels // 2,
         Plane.RESIDUAL: channels // 2,
         Plane.BYTE: channels,
@@ -72,13 +120,21 @@ def planes_of(tier: Tier) -> tuple[Plane, ...]:
     return PLANES[tier.codec, tier.bits]
 
 
-def row_nbytes(tier: Tier, channels: int, itemsize: int) -> int:
-    """Exact payload bytes of one (head, token) row, scale included."""
-    return sum(plane_row_nbytes(plane, channels, itemsize) for plane in planes_of(tier))
+def row_nbytes(tier: Tier, channels: int, itemsize: int, component: str = KEYS) -> int:
+    """Payload bytes of one (head, token) row; exact, with its scales, unless rows share them.
+
+    What rows share is left out: of them, each has at least so many bytes.
+    """
+    scales = scales_of(tier.codec, component)
+    own = scales.nbytes(1, channels) if scales.tokens == 1 else 0
+    planes = planes_of(tier)
+    nbytes = sum(plane_row_nbytes(p, channels, itemsize) for p in planes if p != Plane.SCALE)
+    return nbytes + own * (Plane.SCALE in planes)
 
 
 def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
-    """Refuse a menu that is too long, mixes two quantised codecs, or pays more than native.
+    """Refuse a menu that is too long, mixes quantised codecs, pays more than native, or cannot cut
+    its rows.
 
     Raises:
         BadInput: any of these.
@@ -92,11 +148,25 @@ def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
     native = channels * itemsize
     for tier in menu:
         nbytes = row_nbytes(tier, channels, itemsize)
+        _check_channels(tier, channels)
         if tier in quantised and nbytes >= native:
             raise BadInput(
                 f"tier {tier.name!r} takes {nbytes} bytes for a row of {channels} channels, native "
                 f"takes {native}; use a menu without this tier"
             )
+
+
+def _check_channels(tier: Tier, channels: int) -> None:
+    if tier.codec in _IN_GROUPS and channels % GROUP:
+        needed = f"groups of {GROUP} channels"
+    elif tier.codec == HADAMARD_CODEC and channels & (channels - 1):
+        needed = "a power of two of channels"
+    else:
+        return
+    raise BadInput(
+        f"tier {tier.name!r}: codec {tier.codec} needs {needed}, a row has {channels}; use another "
+        "codec"
+    )
 
 
 def rows_in(plane: Plane, tier_of: TierArray, menu: Sequence[Tier]) -> NDArray[np.bool_]:
@@ -106,15 +176,21 @@ def rows_in(plane: Plane, tier_of: TierArray, menu: Sequence[Tier]) -> NDArray[n
 
 
 def plane_nbytes(
-    tier_of: TierArray, menu: Sequence[Tier], channels: int, itemsize: int
+    tier_of: TierArray, menu: Sequence[Tier], channels: int, itemsize: int, component: str = KEYS
 ) -> dict[Plane, int]:
     """Bytes of every non-empty plane of a block, in plane order."""
     rows = _distinct_rows(tier_of)
-    counts = np.bincount(rows.reshape(-1), minlength=len(menu)) * (len(tier_of) // len(rows))
+    repeated = len(tier_of) // len(rows)
+    counts = np.bincount(rows.reshape(-1), minlength=len(menu)) * repeated
     sizes = dict.fromkeys(Plane, 0)
-    for tier, count in zip(menu, counts, strict=True):
+    for index, (tier, count) in enumerate(zip(menu, counts, strict=True)):
         for plane in planes_of(tier):
-            sizes[plane] += int(count) * plane_row_nbytes(plane, channels, itemsize)
+            if plane != Plane.SCALE:
+                sizes[plane] += int(count) * plane_row_nbytes(plane, channels, itemsize)
+                continue
+            scales = scales_of(tier.codec, component)
+            by_head = (rows == index).sum(axis=1) if scales.tokens > 1 else [count // repeated]
+            sizes[plane] += repeated * sum(scales.nbytes(int(n), channels) for n in by_head)
     return {plane: size for plane, size in sizes.items() if size}
 
 

@@ -237,9 +237,10 @@ def _blocks(
         tier_map = pack_tier_map(tiers)
         if tier_map not in maps:
             maps.append(tier_map)
+        sizes = plane_nbytes(tiers, menu, channels, layer.shape.itemsize, name)
         segments = tuple(
             Segment(int(plane), size, bytes(8 * -(-size // DIGEST_BLOCK)))
-            for plane, size in plane_nbytes(tiers, menu, channels, layer.shape.itemsize).items()
+            for plane, size in sizes.items()
         )
         blocks.append(
             Block(layer.shape.layer_id, name, own, tokens, maps.index(tier_map), segments)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.codec.reference import Conditioned, quantisable
-from kvprism.core import KEYS, MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.core import KEYS, MENUS, ONE_WIDTH_MENUS, Budget, Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
 from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
 from kvprism.evictions import EVICTIONS, Eviction, eviction_problem, protected
@@ -28,6 +28,7 @@ from kvprism.solve import (
     Family,
     Pinned,
     TokenProblem,
+    nominal_fraction,
     smallest_layers,
     smallest_prompt,
     solve_layers,
@@ -46,8 +47,9 @@ class Policy:
 
     tempo `whole_prompt` plans after prefill; `per_layer` plans each layer as soon as it exists.
     remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
-    `adaptive` what the profile's probe recommends for each layer. eviction: a row of `evictions.py`
-    that ranks and splits in order's and family's place.
+    `adaptive` what the profile's probe recommends for each layer. code: of a policy that is about
+    one code, in `MENUS` or `ONE_WIDTH_MENUS`. eviction: a row of `evictions.py` that ranks and
+    splits in order's and family's place.
     """
 
     summary: str
@@ -57,6 +59,7 @@ class Policy:
     recent: int = 0
     tempo: Literal["whole_prompt", "per_layer"] = "whole_prompt"
     remedy: Literal["none", "conditioned", "adaptive"] = "none"
+    code: str | None = None
     eviction: Eviction | None = None
 
     @property
@@ -79,6 +82,23 @@ POLICIES = Registry(
             "int4-sinks-recent",
             Policy("INT4, sinks and last 128 native", ALL_INT4, sinks=SINKS, recent=RECENT),
         ),
+        (
+            "int4-affine",
+            Policy("INT4, a scale and an offset per token and head", ALL_INT4, code="affine"),
+        ),
+        (
+            "int4-hadamard",
+            Policy("the same after a Hadamard rotation, as vLLM's", ALL_INT4, code="hadamard"),
+        ),
+        (
+            "int4-grouped",
+            Policy("a scale and an offset per 32 channels", ALL_INT4, code="grouped"),
+        ),
+        (
+            "int4-kivi",
+            Policy("KIVI: per-channel keys; last 128 native", ALL_INT4, recent=RECENT, code="kivi"),
+        ),
+        ("fp8", Policy("every token FP8 (e4m3), a scale per token and head", ALL_INT8, code="fp8")),
         ("spectrum", Policy("SpectrumKV SinkProtect: sinks, then greedy", GREEDY, sinks=SINKS)),
         (
             "spectrum-layer",
@@ -135,7 +155,8 @@ class PlanOptions:
 
     importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
     end; seed: for the random orders; codec: `nested` (ours), `conditioned` (the same with the
-    profile's key conditioning) or `published` (the papers' code); split: how the stream is cut, by
+    profile's key conditioning), `published` (the papers' code), or what others have: `affine`,
+    `hadamard`, `grouped`; split: how the stream is cut, by
     default as `layout.split_of` says.
 
     Raises:
@@ -224,7 +245,7 @@ def plan(
         planned = _evict(problem, shape, budget, nominal)
     elif nominal and row.budgeted:
         problems = _problems(policy, shape, view, options, code)
-        planned = _solve_nominal(row, problems, shape, _fraction(budget))
+        planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
     else:
         problems = _problems(policy, shape, view, options, code)
         planned = _solve(policy, problems, shape, budget, profile)
@@ -278,7 +299,7 @@ def _evict(
     problem: EvictionProblem, shape: KVShape, budget: str | float | Budget | None, nominal: bool
 ) -> Plan:
     if nominal:
-        return solve_nominal_eviction(problem, _fraction(budget))
+        return solve_nominal_eviction(problem, nominal_fraction(budget))
     return solve_eviction(problem, Budget.parse(_given(problem.policy, budget), shape))
 
 
@@ -324,8 +345,16 @@ def code_of(shape: KVShape, policy: str, options: PlanOptions, profile: Profile 
 
 
 def _menu(policy: str, options: PlanOptions, conditioned: bool) -> tuple[Tier, ...]:
-    remedy = POLICIES[policy].remedy
-    if remedy != "none" and options.codec == "published":
+    row = POLICIES[policy]
+    if row.code is not None:
+        if options.codec != DEFAULT_OPTIONS.codec:
+            raise BadInput(
+                f"policy {policy!r} is about the code {row.code!r}, got codec {options.codec!r}; "
+                "leave the codec out"
+            )
+        return (MENUS | ONE_WIDTH_MENUS)[row.code]
+    remedy = row.remedy
+    if remedy != "none" and options.codec not in ("nested", "conditioned"):
         raise BadInput(
             f"policy {policy!r} chooses between the codecs nested and conditioned, got "
             f"{options.codec!r}; leave the codec out"
@@ -382,16 +411,6 @@ def _solve_nominal(row: Policy, problems: Sequence[TokenProblem], shape: KVShape
     return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
 
 
-def _fraction(budget: str | float | Budget | None) -> float:
-    text = str(budget).strip()
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise BadInput(
-            f"a nominal budget is a fraction such as 0.30 or 30%, got {budget!r}"
-        ) from error
-
-
 def _problems(
     policy: str,
     shape: KVShape,
@@ -434,7 +453,7 @@ def _problem(
 ) -> TokenProblem:
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
-    native = _protected(row, layer)
+    native = np.flatnonzero(protected(row.sinks, row.recent, layer))
     return TokenProblem(
         policy=policy,
         family=row.family,
@@ -458,11 +477,6 @@ def _order(
         return recency
     ranks = ranking(view, options.importance, options.decay)
     return np.argsort(-ranks.cpu().numpy(), kind="stable")
-
-
-def _protected(row: Policy, layer: LayerShape) -> NDArray[np.intp]:
-    """Token indices that stay native; sinks are the first of the prompt, not of a part of it."""
-    return np.flatnonzero(protected(row.sinks, row.recent, layer))
 
 
 def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:

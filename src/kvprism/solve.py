@@ -233,7 +233,7 @@ def _token_nbytes(problem: TokenProblem, layers: Sequence[LayerShape]) -> list[i
     """Payload bytes of one token in all of these layers, for each tier that is not dropped."""
     return [
         sum(
-            component.heads * row_nbytes(tier, component.channels, layer.itemsize)
+            component.heads * row_nbytes(tier, component.channels, layer.itemsize, component.name)
             for layer in layers
             for component in layer.components
         )
@@ -296,6 +296,17 @@ def solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) ->
     if not floor <= b <= 1:
         raise BadInput(f"nominal budget {b} for {first.family.name}: expected {floor} to 1")
     return Plan(_layers(planned, b), first.menu, first.split, first.policy)
+
+
+def nominal_fraction(budget: str | float | Budget | None) -> float:
+    """The b that a nominal budget names, `0.30` or `30%`; `BadInput` for anything else."""
+    text = str(budget).strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise BadInput(
+            f"a nominal budget is a fraction such as 0.30 or 30%, got {budget!r}"
+        ) from error
 
 
 def solve_layers(

@@ -20,7 +20,7 @@ def condition(
     """
     x = _turn(keys.float(), -_angles(positions, conditioning))
     x = (x - conditioning.offset[:, None]) / _per_channel(conditioning)
-    return _hadamard(x) if conditioning.rotate else x
+    return hadamard(x) if conditioning.rotate else x
 
 
 def restore(
@@ -28,7 +28,7 @@ def restore(
 ) -> torch.Tensor:
     """The inverse of `condition`, up to float32 rounding."""
     if conditioning.rotate:
-        x = _hadamard(x)
+        x = hadamard(x)
     x = x * _per_channel(conditioning) + conditioning.offset[:, None]
     return _turn(x, _angles(positions, conditioning))
 
@@ -49,7 +49,7 @@ def _turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _hadamard(x: torch.Tensor) -> torch.Tensor:
+def hadamard(x: torch.Tensor) -> torch.Tensor:
     """The normalised Walsh-Hadamard transform over the last axis; its own inverse."""
     channels = x.shape[-1]
     width = 1

@@ -10,6 +10,7 @@
 step 4 gives is put back by `restore`, before it is rounded to the cache's dtype.
 
 `kvp.absmax/1` is the papers' code (SpectrumKV section 3: scale = absmax / qmax, qmax 127 or 7).
+What others send stands in `affine.py` and `fp8.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kvprism.codec import affine
+from kvprism.codec.affine import Affine
 from kvprism.codec.condition import condition, restore
-from kvprism.core import ABSMAX_CODEC, DROP_CODEC, NATIVE_CODEC, Tier
+from kvprism.codec.fp8 import Fp8
+from kvprism.codec.planes import pack_nibbles, read, read_scales, round_up, unpack_nibbles, write
+from kvprism.core import ABSMAX_CODEC, DROP_CODEC, FP8_CODEC, KEYS, NATIVE_CODEC, Tier
 from kvprism.errors import CodecError
 from kvprism.layout import Plane, TierArray, rows_in
 from kvprism.tensors import KeyConditioning
@@ -79,7 +84,10 @@ def _fits(
     """`quantisable` of rows that are conditioned already; dtype: the cache's."""
     largest = torch.finfo(dtype).max
     absmax = quantised.abs().amax(dim=-1).float().cpu()
-    if quantised_codec(menu) != ABSMAX_CODEC:
+    other = _other(menu)
+    if other is not None:
+        fits = other.fits(absmax, quantised.shape[-1], dtype)
+    elif quantised_codec(menu) != ABSMAX_CODEC:
         fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
         if conditioned is not None:
             restored = NESTED_LEVELS * nested_scale(absmax).double()
@@ -99,12 +107,14 @@ def encode_into(
     planes: Mapping[Plane, memoryview],
     first: tuple[int, int] = (0, 0),
     conditioned: Conditioned | None = None,
+    component: str = KEYS,
 ) -> None:
     """Write every plane of one block.
 
     x: `[head, token, channel]`; tier_of: uint8 `[head, token]`; planes: writable buffers of exactly
     the sizes that `layout.plane_nbytes` gives; first: the numbers of the first head and token, for
-    errors; conditioned: how quantised rows are conditioned, if they are.
+    errors; conditioned: how quantised rows are conditioned, if they are; component: the block's,
+    since `kvp.kivi/1` cuts keys in another way.
 
     Raises:
         CodecError: a non-finite value or a scale beyond float16 in a quantised tier.
@@ -112,16 +122,21 @@ def encode_into(
     x = x.cpu()
     rows = x.reshape(-1, x.shape[-1])
     if Plane.NATIVE in planes:
-        _write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
+        write(planes[Plane.NATIVE], rows[_rows(Plane.NATIVE, tier_of, menu)])
     if Plane.SCALE not in planes:
         return
     quantised = x if conditioned is None else conditioned.condition(x)
     _refuse(~_fits(quantised, x.dtype, menu, conditioned), tier_of, menu, first)
     rows = quantised.reshape(rows.shape)
     chosen = _rows(Plane.SCALE, tier_of, menu)
-    bits = _bits(tier_of, menu)[chosen]
-    encode = _encode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _encode_nested
-    encode(rows[chosen].float(), bits, planes)
+    bits, values = _bits(tier_of, menu)[chosen], rows[chosen].float()
+    other = _other(menu, component)
+    if other is not None:
+        other.encode(values, bits, _per_head(tier_of, menu), planes)
+    elif quantised_codec(menu) == ABSMAX_CODEC:
+        _encode_absmax(values, bits, planes)
+    else:
+        _encode_nested(values, bits, planes)
 
 
 def decode_into(
@@ -130,10 +145,11 @@ def decode_into(
     menu: Sequence[Tier],
     out: torch.Tensor,
     conditioned: Conditioned | None = None,
+    component: str = KEYS,
 ) -> None:
     """Restore every row of one block that was not dropped into `out` `[head, token, channel]`.
 
-    Rows of dropped tokens are left as they are. conditioned: as in `encode_into`.
+    Rows of dropped tokens are left as they are. conditioned, component: as in `encode_into`.
 
     Raises:
         CodecError: a scale that is negative or not finite, or a restored value that is not finite.
@@ -141,19 +157,19 @@ def decode_into(
     rows = out.view(-1, out.shape[-1])
     channels = out.shape[-1]
     if Plane.NATIVE in planes:
-        native = _read(planes[Plane.NATIVE], out.dtype).view(-1, channels)
+        native = read(planes[Plane.NATIVE], out.dtype).view(-1, channels)
         rows[_rows(Plane.NATIVE, tier_of, menu)] = native
     if Plane.SCALE not in planes:
         return
     chosen = _rows(Plane.SCALE, tier_of, menu)
     bits = _bits(tier_of, menu)[chosen]
-    scale = _read(planes[Plane.SCALE], torch.float16).float()[:, None]
-    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise CodecError(
-            "a scale is negative or not finite: the planes were not made by this codec"
-        )
-    decode = _decode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _decode_nested
-    values = decode(planes, bits, channels) * scale
+    other = _other(menu, component)
+    if other is not None:
+        values = other.decode(planes, bits, _per_head(tier_of, menu), channels)
+        _require_within(values, out.dtype, "a restored value")
+    else:
+        decode = _decode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _decode_nested
+        values = decode(planes, bits, channels) * read_scales(planes)[:, None]
     if conditioned is not None:
         values = _restored(values, chosen, out, conditioned)
     rows[chosen] = values.to(out.dtype)
@@ -166,12 +182,27 @@ def _restored(
     block = torch.zeros(len(chosen), values.shape[-1])
     block[chosen] = values
     rows = conditioned.restore(block.view(out.shape)).view(block.shape)[chosen]
-    if not bool((rows.abs() <= torch.finfo(out.dtype).max).all()):
-        raise CodecError(
-            f"a restored key is beyond {out.dtype}: the planes were not made by this codec with "
-            "this profile"
-        )
+    _require_within(rows, out.dtype, "a restored key", " with this profile")
     return rows
+
+
+def _require_within(rows: torch.Tensor, dtype: torch.dtype, what: str, given: str = "") -> None:
+    if not bool((rows.abs() <= torch.finfo(dtype).max).all()):
+        raise CodecError(f"{what} is beyond {dtype}: the planes were not made by this codec{given}")
+
+
+def _other(menu: Sequence[Tier], component: str = KEYS) -> Affine | Fp8 | None:
+    """The code of a menu that is for comparison alone, if it is one."""
+    codec = quantised_codec(menu)
+    if codec == FP8_CODEC:
+        return Fp8()
+    return Affine.of(codec, component) if codec in affine.CODECS else None
+
+
+def _per_head(tier_of: TierArray, menu: Sequence[Tier]) -> list[int]:
+    """How many quantised rows each head has."""
+    counts: list[int] = rows_in(Plane.SCALE, tier_of, menu).sum(axis=1).tolist()
+    return counts
 
 
 def quantised_codec(menu: Sequence[Tier]) -> str:
@@ -181,7 +212,7 @@ def quantised_codec(menu: Sequence[Tier]) -> str:
 
 def nested_scale(absmax: torch.Tensor) -> torch.Tensor:
     """float32 absmax -> float16 absmax / 119, rounded up: every code stays in [-119, 119]."""
-    return _round_up(absmax / NESTED_LEVELS)
+    return round_up(absmax / NESTED_LEVELS)
 
 
 def nested_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -193,21 +224,19 @@ def nested_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _encode_nested(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, memoryview]) -> None:
     scale = nested_scale(x.abs().amax(dim=-1))
     biased = nested_codes(x, scale) + _BIAS
-    _write(planes[Plane.SCALE], scale)
-    _write(planes[Plane.ANCHOR], _pack_nibbles(biased >> _ANCHOR_SHIFT))
+    write(planes[Plane.SCALE], scale)
+    write(planes[Plane.ANCHOR], pack_nibbles(biased >> _ANCHOR_SHIFT))
     if Plane.RESIDUAL in planes:
-        _write(planes[Plane.RESIDUAL], _pack_nibbles(biased[bits == 8] & _RESIDUAL_MASK))
+        write(planes[Plane.RESIDUAL], pack_nibbles(biased[bits == 8] & _RESIDUAL_MASK))
 
 
 def _decode_nested(
     planes: Mapping[Plane, memoryview], bits: torch.Tensor, channels: int
 ) -> torch.Tensor:
-    anchor = _unpack_nibbles(_read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2))
+    anchor = unpack_nibbles(read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2))
     codes = _signed(anchor).float() * 16 - 0.5
     if Plane.RESIDUAL in planes:
-        residual = _unpack_nibbles(
-            _read(planes[Plane.RESIDUAL], torch.uint8).view(-1, channels // 2)
-        )
+        residual = unpack_nibbles(read(planes[Plane.RESIDUAL], torch.uint8).view(-1, channels // 2))
         codes[bits == 8] += residual.float() - (_BIAS - 0.5)
     return codes
 
@@ -220,11 +249,11 @@ def _encode_absmax(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, m
     inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
     codes = torch.round(x * inverse[:, None]).clamp(-levels[:, None], levels[:, None])
     codes = codes.to(torch.int8)
-    _write(planes[Plane.SCALE], scale)
+    write(planes[Plane.SCALE], scale)
     if Plane.ANCHOR in planes:
-        _write(planes[Plane.ANCHOR], _pack_nibbles(codes[bits == 4]))
+        write(planes[Plane.ANCHOR], pack_nibbles(codes[bits == 4]))
     if Plane.BYTE in planes:
-        _write(planes[Plane.BYTE], codes[bits == 8])
+        write(planes[Plane.BYTE], codes[bits == 8])
 
 
 def _decode_absmax(
@@ -232,27 +261,11 @@ def _decode_absmax(
 ) -> torch.Tensor:
     codes = torch.empty(len(bits), channels)
     if Plane.ANCHOR in planes:
-        anchor = _read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2)
-        codes[bits == 4] = _signed(_unpack_nibbles(anchor)).float()
+        anchor = read(planes[Plane.ANCHOR], torch.uint8).view(-1, channels // 2)
+        codes[bits == 4] = _signed(unpack_nibbles(anchor)).float()
     if Plane.BYTE in planes:
-        codes[bits == 8] = _read(planes[Plane.BYTE], torch.int8).view(-1, channels).float()
+        codes[bits == 8] = read(planes[Plane.BYTE], torch.int8).view(-1, channels).float()
     return codes
-
-
-def _round_up(x: torch.Tensor) -> torch.Tensor:
-    nearest = x.to(torch.float16)
-    # Positive float16 bit patterns are ordered like the numbers: plus one is the next one up.
-    above = (nearest.view(torch.int16) + 1).view(torch.float16)
-    return torch.where(nearest.float() < x, above, nearest)
-
-
-def _pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    low, high = codes.chunk(2, dim=-1)
-    return ((low & 15) | ((high & 15) << 4)).to(torch.uint8)
-
-
-def _unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    return torch.cat([packed & 15, packed >> 4], dim=-1).to(torch.int8)
 
 
 def _signed(nibble: torch.Tensor) -> torch.Tensor:
@@ -265,15 +278,6 @@ def _rows(plane: Plane, tier_of: TierArray, menu: Sequence[Tier]) -> torch.Tenso
 
 def _bits(tier_of: TierArray, menu: Sequence[Tier]) -> torch.Tensor:
     return torch.from_numpy(np.array([tier.bits for tier in menu], np.uint8)[tier_of].reshape(-1))
-
-
-def _write(buffer: memoryview, x: torch.Tensor) -> None:
-    np.frombuffer(buffer, np.uint8)[:] = x.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    # A copy, because torch cannot promise to leave a read-only buffer alone.
-    return torch.from_numpy(np.frombuffer(buffer, np.uint8).copy()).view(dtype)
 
 
 def _refuse(

@@ -99,7 +99,8 @@ def _encode_block(
     x = x[slice(*block.heads), block.tokens[0] - start : block.tokens[1] - start]
     tiers = tiers_in(layer, block.component, block.heads, block.tokens)
     try:
-        encode_into(x, tiers, menu, planes, (block.heads[0], block.tokens[0]), conditioned)
+        first = (block.heads[0], block.tokens[0])
+        encode_into(x, tiers, menu, planes, first, conditioned, block.component)
     except CodecError as error:
         raise _at(block, error) from error
 
@@ -318,7 +319,7 @@ class Assembler:
         heads, tokens = block.heads[1] - block.heads[0], block.tokens[1] - block.tokens[0]
         tiers = unpack_tier_map(tier_map, heads, tokens, len(self.menu))
         channels = layer.component(block.component).channels
-        expected = plane_nbytes(tiers, self.menu, channels, layer.itemsize)
+        expected = plane_nbytes(tiers, self.menu, channels, layer.itemsize, block.component)
         got = {plane: len(data) for plane, data in planes.items()}
         if got != expected:
             raise ProtocolViolation(
@@ -332,7 +333,7 @@ class Assembler:
         named = {Plane(plane): data for plane, data in planes.items()}
         conditioned = _conditioned(block, self._conditioning.get(block.layer))
         try:
-            decode_into(named, tiers, self.menu, dense, conditioned)
+            decode_into(named, tiers, self.menu, dense, conditioned, block.component)
         except CodecError as error:
             raise _at(block, error) from error
         if dense is not out:

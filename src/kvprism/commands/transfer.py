@@ -94,7 +94,8 @@ def run_file(
         PeerLost, PeerSilent: a worker died, or stands still.
     """
     ids = read_prompt(model, file, tokens, new_tokens)
-    _check_plan(model, ids, policy, budget, options, load_profile(profile))
+    shared = load_profile(profile)
+    _check_plan(model, ids, policy, budget, options, shared)
     pair.ready()
     say("prefilling")
     result = pair.call(pair.prefill, "prefill", ids=ids, signals=sorted(signals_of([policy])))
@@ -107,9 +108,8 @@ def run_file(
     say("continuing")
     result |= pair.call(pair.decode, "generate", ids=ids, n=new_tokens)
     result["ttft_ms"] = ttft_ms(result)
-    return _described(
-        "run", model, file, ids, {"policy": policy, "budget": budget, **options}, result
-    )
+    settings = {"policy": policy, "budget": budget, "profile": _hash(shared), **options}
+    return _described("run", model, file, ids, settings, result)
 
 
 def prefill_here(
@@ -146,7 +146,7 @@ def prefill_here(
         say("sending")
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)
-    settings = {"policy": policy, "budget": budget, **options, "to": to}
+    settings = {"policy": policy, "budget": budget, "profile": _hash(shared), **options, "to": to}
     return _described("prefill", model, file, ids, settings, result)
 
 
@@ -185,7 +185,8 @@ def decode_here(
         result = _receive(worker, timeout_s, len(ids))
         say("continuing")
         result |= worker.generate(ids, new_tokens)
-    return _described("decode", model, file, ids, {"address": address}, result)
+    settings = {"address": address, "profile": _hash(shared)}
+    return _described("decode", model, file, ids, settings, result)
 
 
 def _receive(worker: DecodeWorker, timeout_s: float, n_prompt: int) -> Result:
@@ -217,6 +218,10 @@ def parse_address(text: str) -> tuple[str, int]:
 def format_address(host: str, port: int) -> str:
     """What `parse_address` reads."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _hash(profile: Profile | None) -> str | None:
+    return None if profile is None else profile.hash.hex()
 
 
 def _described(
