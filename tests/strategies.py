@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from kvprism.core import MENUS, Tier
 from kvprism.layout import WHOLE, Split, TierArray
 from kvprism.plans import LayerPlan, Plan
-from kvprism.tensors import DTYPES, KeyConditioning, LayerKV, LayerView, RequestKV
+from kvprism.tensors import (
+    DTYPES,
+    KeyConditioning,
+    LayerKV,
+    LayerView,
+    QueryStatistics,
+    RequestKV,
+)
 
 NATIVE, INT8, INT4, DROP = range(4)
 
@@ -40,7 +47,7 @@ def cache(
 
 
 def view_of(kv: RequestKV, *, window: int | None = 8, group: int = 2) -> tuple[LayerView, ...]:
-    """`group` query heads for each KV head over the last `window` positions."""
+    """`group` query heads for each KV head over the last `window` positions, and every signal."""
     generator = torch.Generator().manual_seed(99)
     views = []
     for layer in kv.layers:
@@ -49,8 +56,20 @@ def view_of(kv: RequestKV, *, window: int | None = 8, group: int = 2) -> tuple[L
         if window is not None:
             shape = (heads * group, min(window, tokens), channels)
             queries = torch.randn(shape, generator=generator)
-        views.append(LayerView(layer, queries, channels**-0.5))
+        signals = {} if window is None else _signals(heads, group, tokens, channels, generator)
+        views.append(LayerView(layer, queries, channels**-0.5, **signals))
     return tuple(views)
+
+
+def _signals(
+    heads: int, group: int, tokens: int, channels: int, generator: torch.Generator
+) -> dict[str, Any]:
+    factor = torch.randn(heads * group, channels, channels, generator=generator)
+    mean = torch.randn(heads * group, channels, generator=generator)
+    return {
+        "mass": torch.rand(heads, tokens, generator=generator),
+        "future_queries": QueryStatistics(mean, factor @ factor.mT / channels),
+    }
 
 
 def plan_of(

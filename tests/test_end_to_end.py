@@ -18,7 +18,18 @@ import kvprism
 TOKEN = bytes(range(32))
 PROMPT = "The river runs past the old mill, and the key of the mill is 48213. " * 12
 NEW_TOKENS = 12
-POLICIES = [("raw", None), ("int8", None), ("spectrum", "52%"), ("sinks-recent", "30%")]
+POLICIES = [
+    ("raw", None),
+    ("int8", None),
+    ("spectrum", "52%"),
+    ("sinks-recent", "30%"),
+    ("tova", "40%"),
+    ("h2o", "40%"),
+    ("expected-attention", "40%"),
+    ("layer-defensivekv", "40%"),
+]
+# Heads may hold tokens of their own: most eviction policies choose by head.
+CAPABILITY = kvprism.Capability(drop="per_head")
 
 
 def continued(model: Any, ids: torch.Tensor, **cache: Any) -> list[int]:
@@ -33,7 +44,7 @@ def decode_worker() -> None:
     model, tokenizer = kvprism.load("tiny")
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     fingerprint = kvprism.fingerprint(model, tokenizer)
-    with kvprism.Receiver(TOKEN, fingerprint=fingerprint) as receiver:
+    with kvprism.Receiver(TOKEN, fingerprint=fingerprint, capability=CAPABILITY) as receiver:
         print(receiver.address[1], flush=True)
         for _ in POLICIES:
             received = receiver.receive(timeout_s=60)
@@ -59,7 +70,8 @@ def answers(tiny: tuple[Any, Any]) -> dict[str, Any]:
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     found: dict[str, Any] = {}
     with other_process() as other:
-        kv, view = kvprism.capture(model, ids[:, :-1])
+        signals = kvprism.signals_of(policy for policy, _ in POLICIES)
+        kv, view = kvprism.capture(model, ids[:, :-1], signals=signals)
         address = ("127.0.0.1", int(other.readline()))
         fingerprint = kvprism.fingerprint(model, tokenizer)
         with kvprism.Sender(address, TOKEN, fingerprint=fingerprint) as sender:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvprism.integrations.hf import capture, fingerprint, load, restore
     from kvprism.pipeline import Receiver, Sender
     from kvprism.plans import Plan
-    from kvprism.policies import PlanOptions, plan
+    from kvprism.policies import PlanOptions, plan, signals_of
     from kvprism.profiles import Profile
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "plan",
     "restore",
+    "signals_of",
 ]
 
 _HOME = {
@@ -50,6 +51,7 @@ _HOME = {
     "load": "kvprism.integrations.hf",
     "plan": "kvprism.policies",
     "restore": "kvprism.integrations.hf",
+    "signals_of": "kvprism.policies",
 }
 
 

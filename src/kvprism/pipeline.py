@@ -377,10 +377,9 @@ class Receiver:
         allow_remote: bool = False,
     ) -> None:
         capability = capability or Capability()
-        if capability.drop == "per_head" or capability.block != 1:
+        if capability.block != 1:
             raise Unsupported(
-                f"this receiver holds one set of tokens per layer, any of them; {capability} is "
-                "not built, use drop='uniform' or 'none' and block=1"
+                f"this receiver holds any set of tokens; {capability} is not built, use block=1"
             )
         self._config = _Admission(
             token=token,
@@ -482,7 +481,8 @@ class _Peer:
     def _restore(self, offer: Offer) -> Received:
         started = time.perf_counter()
         session = self.link.session
-        assembler = Assembler(offer, session.config.max_request_nbytes, self._profile)
+        limit, drop = session.config.max_request_nbytes, cast(Drop, session.config.drop)
+        assembler = Assembler(offer, limit, self._profile, drop)
         nbytes, decode_s = frame_nbytes(offer), 0.0
         while not session.complete:
             session.tickets.check(session, session.request, session.ticket)  # a lease may run out

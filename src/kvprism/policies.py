@@ -1,6 +1,6 @@
 """Policies as rows: name -> order of tokens x curve of tier counts x protected tokens x tempo."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from kvprism.codec.reference import Conditioned, quantisable
 from kvprism.core import KEYS, MENUS, ONE_WIDTH_MENUS, Budget, Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
+from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
+from kvprism.evictions import EVICTIONS, Eviction, eviction_problem, protected
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
 from kvprism.profiles import LayerSetting, Profile, conditioning_for
@@ -26,15 +28,16 @@ from kvprism.solve import (
     Family,
     Pinned,
     TokenProblem,
+    nominal_fraction,
     smallest_layers,
     smallest_prompt,
     solve_layers,
     solve_nominal,
     solve_prompt,
 )
-from kvprism.tensors import KeyConditioning, LayerView
+from kvprism.tensors import KeyConditioning, LayerView, Signal
 
-Order = Literal["importance", "random", "recency", "ends"]
+Order = Literal["importance", "random", "recency", "ends", "scores"]
 RECENT = 128
 
 
@@ -45,7 +48,8 @@ class Policy:
     tempo `whole_prompt` plans after prefill; `per_layer` plans each layer as soon as it exists.
     remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
     `adaptive` what the profile's probe recommends for each layer. code: of a policy that is about
-    one code, in `MENUS` or `ONE_WIDTH_MENUS`.
+    one code, in `MENUS` or `ONE_WIDTH_MENUS`. eviction: a row of `evictions.py` that ranks and
+    splits in order's and family's place.
     """
 
     summary: str
@@ -56,11 +60,16 @@ class Policy:
     tempo: Literal["whole_prompt", "per_layer"] = "whole_prompt"
     remedy: Literal["none", "conditioned", "adaptive"] = "none"
     code: str | None = None
+    eviction: Eviction | None = None
 
     @property
     def budgeted(self) -> bool:
         """False for the fixed-rate arms, which have one size and ignore the budget."""
         return self.family.floor < 1
+
+
+def _evicting(row: Eviction) -> Policy:
+    return Policy(row.summary, EVICT, "scores", row.sinks, row.recent, eviction=row)
 
 
 POLICIES = Registry(
@@ -131,6 +140,8 @@ POLICIES = Registry(
             Policy("sinks and the most recent tokens native", EVICT, order="recency", sinks=SINKS),
         ),
         ("pdtrim", Policy("first and last halves native, in all layers", EVICT, order="ends")),
+        ("full", Policy("FullKV: every token native, the name in papers on eviction", ALL_NATIVE)),
+        *((name, _evicting(row)) for name, row in EVICTIONS.items()),
     ],
 )
 
@@ -173,6 +184,12 @@ class PlanOptions:
 DEFAULT_OPTIONS = PlanOptions()
 
 
+def signals_of(policies: Iterable[str]) -> frozenset[Signal]:
+    """What a capture must be asked for so that these policies can plan; `UnknownName` as there."""
+    rows = [POLICIES[policy].eviction for policy in policies]
+    return frozenset(signal for row in rows if row for signal in row.signals)
+
+
 def plan(
     view: Sequence[LayerView],
     policy: str = "spectrum",
@@ -199,10 +216,14 @@ def plan(
     follows the 2-tier curve at the same nominal b, so that below b = 0.5 it drops tokens that the
     other layers keep.
 
+    Eviction policies rank and choose in every layer by itself: by head where the receiver's
+    capability is `per_head`, else the same tokens in all heads, by the mean of their scores.
+
     Raises:
         UnknownName: no such policy.
         BudgetTooSmall: nothing legal fits; carries the minimum.
-        MissingSignal: importance `attention` without captured queries.
+        MissingSignal: importance `attention` without captured queries, or an eviction policy
+            without what `signals_of` names.
         Unsupported: the receiver's capability rules the policy out.
         ProfileMismatch: the profile does not have what the policy or the codec needs.
         BadInput: a budgeted policy without a budget, a profile of another number of layers, or the
@@ -218,10 +239,15 @@ def plan(
             f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
             f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
         )
-    problems = _problems(policy, shape, view, options, code)
-    if nominal and row.budgeted:
-        planned = _solve_nominal(row, problems, shape, _fraction(budget))
+    if row.eviction is not None:
+        cut = options.split or split_of(shape)
+        problem = eviction_problem(policy, shape, view, menu, cut, capability)
+        planned = _evict(problem, shape, budget, nominal)
+    elif nominal and row.budgeted:
+        problems = _problems(policy, shape, view, options, code)
+        planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
     else:
+        problems = _problems(policy, shape, view, options, code)
         planned = _solve(policy, problems, shape, budget, profile)
     for layer in planned.layers:
         layer.check_drops(menu, capability)
@@ -237,11 +263,14 @@ def plan_shape(
 ) -> Plan:
     """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
 
+    Layers share uniformly where an eviction policy's shares follow the data; that moves padding.
     Without a profile `spectrum-adaptive` has the sizes of `spectrum`.
 
     Raises:
         UnknownName, BudgetTooSmall, Unsupported, ProfileMismatch, BadInput: as `plan`.
     """
+    if POLICIES[policy].eviction is not None:
+        return _evict(_dry_eviction(shape, policy, options), shape, budget, nominal=False)
     problems = _dry_problems(shape, policy, options, profile)
     return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, profile)
 
@@ -253,10 +282,31 @@ def smallest_nbytes(
     profile: Profile | None = None,
 ) -> int:
     """The smallest budget in bytes that the policy can do with."""
+    if POLICIES[policy].eviction is not None:
+        return _dry_eviction(shape, policy, options).plan(0).nbytes
     problems = _dry_problems(shape, policy, options, profile)
     if POLICIES[policy].tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
+
+
+def _dry_eviction(shape: KVShape, policy: str, options: PlanOptions) -> EvictionProblem:
+    cut = options.split or split_of(shape)
+    return eviction_problem(policy, shape, (), options.menu, cut, Capability())
+
+
+def _evict(
+    problem: EvictionProblem, shape: KVShape, budget: str | float | Budget | None, nominal: bool
+) -> Plan:
+    if nominal:
+        return solve_nominal_eviction(problem, nominal_fraction(budget))
+    return solve_eviction(problem, Budget.parse(_given(problem.policy, budget), shape))
+
+
+def _given(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
+    if budget is None:
+        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    return budget
 
 
 def _dry_problems(
@@ -343,11 +393,9 @@ def _solve(
     profile: Profile | None,
 ) -> Plan:
     row = POLICIES[policy]
-    if budget is None:
-        if row.budgeted:
-            raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    if budget is None and not row.budgeted:
         return solve_prompt(problems, shape, None)
-    limit = Budget.parse(budget, shape)
+    limit = Budget.parse(_given(policy, budget), shape)
     if row.tempo == "per_layer":
         return solve_layers(problems, shape, limit, layer_shares(shape, profile))
     return solve_prompt(problems, shape, limit)
@@ -361,16 +409,6 @@ def _solve_nominal(row: Policy, problems: Sequence[TokenProblem], shape: KVShape
         for problem, layer in zip(problems, shape.layers, strict=True)
     ]
     return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
-
-
-def _fraction(budget: str | float | Budget | None) -> float:
-    text = str(budget).strip()
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError as error:
-        raise BadInput(
-            f"a nominal budget is a fraction such as 0.30 or 30%, got {budget!r}"
-        ) from error
 
 
 def _problems(
@@ -415,12 +453,12 @@ def _problem(
 ) -> TokenProblem:
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
-    protected = _protected(row, layer)
+    native = np.flatnonzero(protected(row.sinks, row.recent, layer))
     return TokenProblem(
         policy=policy,
         family=row.family,
-        order=order[~np.isin(order, protected)],
-        protected=protected,
+        order=order[~np.isin(order, native)],
+        protected=native,
         menu=code.menu,
         pinned=_pinned(view, code),
     )
@@ -439,14 +477,6 @@ def _order(
         return recency
     ranks = ranking(view, options.importance, options.decay)
     return np.argsort(-ranks.cpu().numpy(), kind="stable")
-
-
-def _protected(row: Policy, layer: LayerShape) -> NDArray[np.intp]:
-    """Token indices that stay native; sinks are the first of the prompt, not of a part of it."""
-    start, stop = layer.token_range
-    sinks = np.arange(start, max(start, min(stop, row.sinks)))
-    recent = np.arange(max(start, stop - row.recent), stop)
-    return np.union1d(sinks, recent) - start
 
 
 def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:

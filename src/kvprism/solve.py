@@ -298,6 +298,17 @@ def solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) ->
     return Plan(_layers(planned, b), first.menu, first.split, first.policy)
 
 
+def nominal_fraction(budget: str | float | Budget | None) -> float:
+    """The b that a nominal budget names, `0.30` or `30%`; `BadInput` for anything else."""
+    text = str(budget).strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise BadInput(
+            f"a nominal budget is a fraction such as 0.30 or 30%, got {budget!r}"
+        ) from error
+
+
 def solve_layers(
     problems: Sequence[TokenProblem], shape: KVShape, budget: Budget, shares: Sequence[float]
 ) -> Plan:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,6 +11,8 @@ from kvprism.errors import BadInput, ShapeMismatch
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What a capture records only when it is asked to, because it costs time on every prompt.
+Signal = Literal["mass", "future_queries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +22,9 @@ class LayerKV:
     components: name -> `[head, token, channel]`, all of one dtype; positions: int64 `[token]`,
     ascending, the *original* positions of the tokens that are present.
 
+    held: where heads hold different tokens, bool `[head, token]`: a token is present when some head
+    holds it, and the rows of the others are padding, zeros that no query may attend to.
+
     Raises:
         ShapeMismatch: components disagree on tokens or dtype, or positions do not ascend from 0 on.
     """
@@ -26,6 +32,7 @@ class LayerKV:
     layer_id: int
     components: Mapping[str, torch.Tensor]
     positions: torch.Tensor
+    held: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.positions.dim() != 1 or self.positions.dtype != torch.int64:
@@ -45,12 +52,24 @@ class LayerKV:
             raise ShapeMismatch(
                 f"layer {self.layer_id}: expected components that share one dtype, got {dtypes}"
             )
+        self._check_held()
         steps = self.positions.diff(prepend=self.positions.new_tensor([-1]))
         if bool((steps < 1).any()):
             at = int((steps < 1).nonzero()[0])
             raise ShapeMismatch(
                 f"layer {self.layer_id}: positions must ascend from 0 on, got "
                 f"{int(self.positions[at])} as number {at}"
+            )
+
+    def _check_held(self) -> None:
+        shapes = {tuple(x.shape[:2]) for x in self.components.values()}
+        if self.held is not None and (
+            self.held.dtype != torch.bool or shapes != {tuple(self.held.shape)}
+        ):
+            raise ShapeMismatch(
+                f"layer {self.layer_id}: expected held rows as bool [head, token] of components of "
+                f"one such shape, got {self.held.dtype} {list(self.held.shape)} for "
+                f"{sorted(shapes)}"
             )
 
     @property
@@ -62,7 +81,7 @@ class LayerKV:
         if not len(self.positions):
             raise ShapeMismatch(f"layer {self.layer_id} holds no token; every one was dropped")
         start, stop = int(self.positions[0]), int(self.positions[-1]) + 1
-        if stop - start != len(self.positions):
+        if stop - start != len(self.positions) or self.held is not None:
             raise ShapeMismatch(
                 f"layer {self.layer_id}: tokens are missing between {start} and {stop}; only a "
                 "complete cache has a shape (was this one decoded from a plan that drops tokens?)"
@@ -93,10 +112,21 @@ class RequestKV:
 
     @property
     def resident_nbytes(self) -> int:
-        """Bytes that this cache occupies in memory after decode."""
+        """Bytes that this cache occupies in memory after decode, padding of heads included."""
         return sum(
             x.numel() * x.element_size() for la in self.layers for x in la.components.values()
         )
+
+
+@dataclass(frozen=True, eq=False)
+class QueryStatistics:
+    """What is known of a layer's queries as a whole, float32.
+
+    mean: `[q_head, channel]`; covariance: `[q_head, channel, channel]`, over positions.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,16 +137,23 @@ class LayerView:
     heads that share a KV head stand together; softmax_scale: what the model multiplies query-key
     products with; softcap: its logit soft cap.
 
+    Signals, None unless the capture was asked for them: mass: float32 `[head, token]`, the
+    attention that each token got from all queries of the prompt; future_queries: what queries after
+    the prompt are expected to be, RoPE included.
+
     Raises:
-        ShapeMismatch: queries that do not go with the layer's keys.
+        ShapeMismatch: queries or signals that do not go with the layer's keys.
     """
 
     kv: LayerKV
     queries: torch.Tensor | None = None
     softmax_scale: float = 1.0
     softcap: float | None = None
+    mass: torch.Tensor | None = None
+    future_queries: QueryStatistics | None = None
 
     def __post_init__(self) -> None:
+        self._check_signals()
         if self.queries is None:
             return
         heads, tokens, channels = self.kv.components["k"].shape
@@ -126,6 +163,21 @@ class LayerView:
                 f"layer {self.kv.layer_id}: expected queries [multiple of {heads} heads, 1 to "
                 f"{tokens} positions, {channels} channels], got {got}"
             )
+
+    def _check_signals(self) -> None:
+        heads, tokens, channels = self.kv.components["k"].shape
+        if self.mass is not None and list(self.mass.shape) != [heads, tokens]:
+            raise ShapeMismatch(
+                f"layer {self.kv.layer_id}: expected attention mass [{heads} heads, {tokens} "
+                f"tokens], got {list(self.mass.shape)}"
+            )
+        if self.future_queries is not None:
+            got = list(self.future_queries.covariance.shape)
+            if len(got) != 3 or got[0] % heads or got[1:] != [channels, channels]:
+                raise ShapeMismatch(
+                    f"layer {self.kv.layer_id}: expected query statistics of [multiple of {heads} "
+                    f"heads, {channels}, {channels}], got {got}"
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -186,3 +186,18 @@ def test_heads_or_components_that_keep_other_tokens_are_refused(
     plan = plan_of(kv, lambda _, name: uneven if name == component else tiers, split=split)
     with pytest.raises(CodecError, match="one set of tokens per layer"):
         decode(encode(kv, plan))
+
+
+@pytest.mark.parametrize("split", [Split(), Split(heads=1), Split(tokens=5)])
+def test_keys_without_their_values_are_refused_even_where_heads_are_ragged(split: Split) -> None:
+    kv = cache(layers=1)
+    tiers = np.full((2, 16), INT8, np.uint8)
+    uneven = tiers.copy()
+    uneven[1, 3] = DROP
+    plan = plan_of(kv, lambda _, name: uneven if name == "k" else tiers, split=split)
+    with pytest.raises(CodecError, match="components 'v' and 'k' keep different rows"):
+        decode(encode(kv, plan), drop="per_head")
+    alike = plan_of(kv, uneven, split=split)
+    got = decode(encode(kv, alike), drop="per_head").layers[0]
+    assert got.held is not None and (~got.held).nonzero().tolist() == [[1, 3]]
+    assert not got.components["k"][1, 3].any()

@@ -13,7 +13,7 @@ from kvprism.evaluate.arms import Arm, SavedProfile, arms_of, policy_budget, thr
 from kvprism.evaluate.haystack import generated_ids
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.integrations.hf import capture
-from kvprism.policies import POLICIES, PlanOptions
+from kvprism.policies import POLICIES, PlanOptions, signals_of
 from kvprism.profiles import ProbeRecord, Profile
 
 
@@ -73,7 +73,8 @@ def test_unknown_policies_and_codecs_are_refused() -> None:
 @pytest.fixture(scope="module")
 def captured(subject: LoadedModel) -> Any:
     ids = torch.from_numpy(generated_ids(subject.tokenizer, 300, np.random.default_rng(0))[:300])
-    return capture(subject.model, ids, cache_dtype=torch.bfloat16)
+    signals = signals_of(POLICIES)
+    return capture(subject.model, ids, cache_dtype=torch.bfloat16, signals=signals)
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,16 @@ def test_sizes_are_those_of_the_stream_and_of_memory(subject: LoadedModel, case:
     assert found["sinks-recent"].resident_bytes < 0.5 * 395 * 2048
 
 
+def test_the_capture_has_what_the_arms_need(subject: LoadedModel, case: Case) -> None:
+    found = outcomes(subject, case, arms_of(["h2o", "expected-attention", "tova"], ["0.4"]))
+    for policy, outcome in found.items():
+        assert policy == "raw" or outcome.wire_bytes <= 0.4 * outcome.reference_bytes
+        assert sum(outcome.kl) > 0 or policy == "raw"
+    # One set of tokens for all heads frees what it saves; heads of their own are padded.
+    shared, by_head = (found[name].resident_bytes for name in ("tova", "h2o"))
+    assert shared < 0.4 * 395 * 2048 < by_head < 395 * 2048
+
+
 def test_a_budget_that_is_too_small_is_an_answer(subject: LoadedModel, case: Case) -> None:
     found = outcomes(subject, case, arms_of(["spectrum", "sinks-recent"], ["0.1"]))
     assert isinstance(found["spectrum"], BudgetTooSmall)

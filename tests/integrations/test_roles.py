@@ -109,6 +109,16 @@ def test_a_prompt_that_the_cache_already_covers_leaves_nothing_to_compute(
         decode.generate(IDS[:-1], 1)
 
 
+def test_policies_that_need_signals_are_planned_and_their_heads_held(
+    prefill: PrefillWorker, decode: DecodeWorker
+) -> None:
+    prefill.prefill(IDS, ["mass"])
+    sent, received = transfer(prefill, decode, "h2o", "40%")
+    assert sent["wire_bytes"] == received["wire_bytes"] and sent["fraction"] <= 0.4
+    assert decode._kv is not None and any(la.held is not None for la in decode._kv.layers)
+    assert decode.generate(IDS, 3, ignore_eos=True)["text"]
+
+
 def test_nobody_who_sends_is_noticed_in_time(decode: DecodeWorker) -> None:
     with pytest.raises(PeerSilent, match="nobody connected"):
         decode.receive(0.1)

@@ -18,6 +18,7 @@ from kvprism.core import (
     CONDITIONED_CODEC,
     KEYS,
     ComponentShape,
+    Drop,
     KVShape,
     LayerShape,
     Tier,
@@ -35,7 +36,6 @@ from kvprism.layout import (
     WHOLE,
     Plane,
     Split,
-    TierArray,
     check_menu,
     plane_nbytes,
     unpack_tier_map,
@@ -190,10 +190,13 @@ def decode(
     *,
     profile: Profile | None = None,
     max_nbytes: int = MAX_REQUEST_NBYTES,
+    drop: Drop = "uniform",
 ) -> RequestKV:
     """Restore a request from its stream; tokens that were dropped are absent.
 
     profile: that of the encoder, which the conditioned code needs; the others do not look at it.
+    drop: `per_head` also takes streams whose heads keep different tokens, and pads them in memory:
+    see `LayerKV.held`.
 
     Raises:
         ProfileMismatch: the conditioned code, and not with this profile.
@@ -205,7 +208,7 @@ def decode(
     for event in parse(stream):
         session.handle(event)
         if isinstance(event, Offer):
-            assembler = Assembler(event, max_nbytes, profile)
+            assembler = Assembler(event, max_nbytes, profile, drop)
         elif isinstance(event, Segments) and assembler is not None:
             assembler.add(event)
     session.close()
@@ -268,7 +271,7 @@ def offered_conditioning(offer: Offer, profile: Profile | None) -> dict[int, Key
 class Assembler:
     """Restores a request from its pieces, in any order, straight into the destination tensors.
 
-    profile: for the conditioned code, as in `decode`.
+    profile: for the conditioned code, and drop: what is held here, as in `decode`.
 
     Whether the pieces tile the offered area is the session's business (`wire.intake`).
 
@@ -284,6 +287,7 @@ class Assembler:
         offer: Offer,
         max_nbytes: int = MAX_REQUEST_NBYTES,
         profile: Profile | None = None,
+        drop: Drop = "uniform",
     ) -> None:
         self.shape = offered_shape(offer)
         self.menu = menu_of(offer)
@@ -293,7 +297,8 @@ class Assembler:
                 "allowed here"
             )
         self._conditioning = offered_conditioning(offer, profile)
-        self._layers = {layer.layer_id: _LayerDestination(layer) for layer in self.shape.layers}
+        ragged = drop == "per_head"
+        self._layers = {la.layer_id: _LayerDestination(la, ragged) for la in self.shape.layers}
 
     def add(self, segments: Segments) -> None:
         """Decode every block of one manifest.
@@ -321,7 +326,7 @@ class Assembler:
                 f"layer {block.layer} component {block.component!r}: the tier map needs planes "
                 f"{ {int(plane): size for plane, size in expected.items()} }, got {got}"
             )
-        destination.keep(block, self._kept_by_all(block, tiers))
+        destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
         out = destination.rows(block)
         # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
         dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
@@ -334,14 +339,6 @@ class Assembler:
         if dense is not out:
             out.copy_(dense)
 
-    def _kept_by_all(self, block: Block, tiers: TierArray) -> NDArray[np.bool_]:
-        """`[token]`: which tokens the block keeps, in all of its heads."""
-        kept = np.array([tier.bits > 0 for tier in self.menu])[tiers]
-        if (kept != kept[:1]).any():
-            raise _not_uniform(block)
-        first: NDArray[np.bool_] = kept[0]
-        return first
-
     def finish(self) -> RequestKV:
         """The restored cache, dropped tokens left out; every piece was added."""
         layers = tuple(destination.finish() for destination in self._layers.values())
@@ -349,39 +346,60 @@ class Assembler:
 
 
 class _LayerDestination:
-    """The tensors of one layer, allocated when its first piece comes, and which tokens are kept."""
+    """The tensors of one layer, allocated when its first piece comes, and which rows are kept.
 
-    def __init__(self, shape: LayerShape) -> None:
-        self.shape = shape
+    ragged: whether heads may keep different tokens.
+    """
+
+    def __init__(self, shape: LayerShape, ragged: bool) -> None:
+        self.shape, self._ragged = shape, ragged
         self._components: dict[str, torch.Tensor] = {}
+        # Ragged: component -> what is known of its rows, and which are kept, both [head, token].
+        self._rows: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
         self._known = self._kept = np.zeros(0, bool)
 
     def keep(self, block: Block, kept: NDArray[np.bool_]) -> None:
-        """Take note of the kept tokens; a receiver holds one set of tokens per layer."""
+        """Take note of the kept rows `[head, token]`: in all components the same, if not more."""
         if not self._components:
             self._allocate()
         tokens = self._tokens(block)
+        if self._ragged:
+            self._keep_rows(block, (slice(*block.heads), tokens), kept)
+            return
         known = self._known[tokens]
-        if (known & (self._kept[tokens] != kept)).any():
+        if (kept != kept[:1]).any() or (known & (self._kept[tokens] != kept[0])).any():
             raise _not_uniform(block)
-        self._known[tokens], self._kept[tokens] = True, kept
+        self._known[tokens], self._kept[tokens] = True, kept[0]
+
+    def _keep_rows(self, block: Block, area: tuple[slice, slice], kept: NDArray[np.bool_]) -> None:
+        own = self._rows[block.component]
+        for name, (known, rows) in self._rows.items():
+            if rows.shape != own[1].shape or (known[area] & (rows[area] != kept)).any():
+                raise CodecError(
+                    f"layer {block.layer}: components {block.component!r} and {name!r} keep "
+                    "different rows; a key is of no use without its value, nor a value without it"
+                )
+        own[0][area], own[1][area] = True, kept
 
     def rows(self, block: Block) -> torch.Tensor:
         """The `[head, token, channel]` part of the destination that a block fills."""
         return self._components[block.component][slice(*block.heads), self._tokens(block)]
 
     def finish(self) -> LayerKV:
-        positions = torch.from_numpy(np.flatnonzero(self._kept)) + self.shape.token_range[0]
-        components = self._components
-        if not self._kept.all():
-            mask = torch.from_numpy(self._kept)
+        rows = next(iter(self._rows.values()))[1] if self._ragged else self._kept[None]
+        kept = rows.any(axis=0)
+        positions = torch.from_numpy(np.flatnonzero(kept)) + self.shape.token_range[0]
+        components, mask = self._components, torch.from_numpy(kept)
+        if not kept.all():
             components = {name: x[:, mask] for name, x in components.items()}
-        return LayerKV(self.shape.layer_id, components, positions)
+        held = None if rows[:, kept].all() else torch.from_numpy(rows[:, kept])
+        return LayerKV(self.shape.layer_id, components, positions, held)
 
     def _allocate(self) -> None:
         n, dtype = self.shape.n_tokens, DTYPES[self.shape.dtype]
         for name, heads, channels in self.shape.components:
             self._components[name] = torch.zeros(heads, n, channels, dtype=dtype)
+            self._rows[name] = np.zeros((heads, n), bool), np.zeros((heads, n), bool)
         self._known, self._kept = np.zeros(n, bool), np.zeros(n, bool)
 
     def _tokens(self, block: Block) -> slice:
@@ -393,5 +411,5 @@ def _not_uniform(block: Block) -> CodecError:
     return CodecError(
         f"layer {block.layer} component {block.component!r}, heads {block.heads}, tokens "
         f"{block.tokens}: heads or components keep different tokens; this receiver holds one set "
-        "of tokens per layer (capability drop=uniform)"
+        "of tokens per layer (capability drop=uniform); drop='per_head' holds them too, padded"
     )

@@ -17,7 +17,7 @@ from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 from kvprism.integrations.worker import Pair
-from kvprism.policies import PlanOptions, code_of
+from kvprism.policies import PlanOptions, code_of, signals_of
 from kvprism.profiles import Profile
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
@@ -98,7 +98,7 @@ def run_file(
     _check_plan(model, ids, policy, budget, options, shared)
     pair.ready()
     say("prefilling")
-    result = pair.call(pair.prefill, "prefill", ids=ids)
+    result = pair.call(pair.prefill, "prefill", ids=ids, signals=sorted(signals_of([policy])))
     say("sending")
     plan = {"policy": policy, "budget": budget, "options": options}
     result |= pair.call(pair.prefill, "plan", **plan)
@@ -142,7 +142,7 @@ def prefill_here(
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
-        result = worker.prefill(ids)
+        result = worker.prefill(ids, sorted(signals_of([policy])))
         say("sending")
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kvprism.codec.stream import decode, encode
-from kvprism.core import Budget, KVShape
+from kvprism.core import Budget, Capability, KVShape
 from kvprism.errors import BadInput, ProfileMismatch
 from kvprism.plans import Plan
 from kvprism.policies import DEFAULT_OPTIONS, POLICIES, PlanOptions, plan
@@ -15,6 +15,9 @@ from kvprism.profiles import Profile
 from kvprism.tensors import LayerView, RequestKV
 
 RAW = "raw"
+# What the decode side of an arm can hold: heads with tokens of their own, padded in memory, so that
+# eviction policies choose as their papers do.
+HOLDS = Capability(drop="per_head")
 _ANY_SHAPE = KVShape.dense(layers=1, heads=1, channels=2**20, tokens=2**10)
 
 
@@ -123,7 +126,14 @@ def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tupl
         BudgetTooSmall: nothing legal fits this arm's budget.
         MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
-    chosen = plan(view, arm.policy, arm.budget, options=arm.options, profile=arm.profile)
+    chosen = plan(
+        view,
+        arm.policy,
+        arm.budget,
+        options=arm.options,
+        capability=HOLDS,
+        profile=arm.profile,
+    )
     return sent(kv, chosen, arm.profile), chosen
 
 
@@ -131,4 +141,4 @@ def sent(kv: RequestKV, chosen: Plan, profile: Profile | None) -> RequestKV:
     """What the decode side would hold; errors as `encode` and `decode`."""
     blob = encode(kv, chosen, profile=profile)
     assert len(blob) == chosen.nbytes, (chosen.policy, len(blob), chosen.nbytes)
-    return decode(blob, profile=profile)
+    return decode(blob, profile=profile, drop=HOLDS.drop)

@@ -12,6 +12,7 @@ from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.arms import RAW, Arm, through_the_wire
 from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
+from kvprism.policies import signals_of
 from kvprism.tensors import DTYPES, LayerView, RequestKV
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
@@ -108,7 +109,8 @@ def measure(
     check_fits(model, case)
     if cache_dtype not in DTYPES:
         raise BadInput(f"cache dtype {cache_dtype!r} is not in {list(DTYPES)}")
-    kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype])
+    signals = signals_of(arm.policy for arm in arms)
+    kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype], signals=signals)
     if query_aware:
         view = asked_about(model, case, view)
     raw: torch.Tensor | None = None

@@ -10,15 +10,16 @@ everything else through, so that any other call of the model stays bit-identical
 The mask is shared by all layers, or by all with a sliding window and all without, and is made for
 the *true* length, because a restored cache answers with the true next position when it is asked for
 its length. A layer that lost tokens holds fewer keys than the mask has columns: the columns of the
-positions that it still holds are its own mask.
+positions that it still holds are its own mask. Where heads hold different tokens, each is padded to
+what any of them holds, and the padding is masked head by head.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,7 +35,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
-from kvprism.errors import BadInput, ShapeMismatch, Unsupported
+from kvprism.errors import BadInput, ShapeMismatch, UnknownName, Unsupported
 from kvprism.integrations import tiny
 from kvprism.integrations.families import (
     architecture_of,
@@ -47,7 +48,9 @@ from kvprism.integrations.families import (
     windows_of,
 )
 from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
-from kvprism.tensors import LayerKV, LayerView, RequestKV
+from kvprism.score.accumulated import attention_mass
+from kvprism.score.expected import query_statistics
+from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
 
 __all__ = [
     "architecture_of",
@@ -181,12 +184,12 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
-        kvprism_recorder.record(module.layer_idx, query, kwargs)
+        kvprism_recorder.record(module.layer_idx, query, key, kwargs)
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
             layer.check_positions(kwargs.get("position_ids"))
-        attention_mask = layer.columns(attention_mask, query.shape[2])
+        attention_mask = layer.mask(attention_mask, query)
     return _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -198,24 +201,48 @@ def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
 
 
 class _QueryRecorder:
-    """Collects one prefill's post-RoPE queries `[q_head, window, channel]`, layer by layer."""
+    """Collects one prefill's post-RoPE queries `[q_head, window, channel]`, layer by layer.
 
-    def __init__(self, window: int) -> None:
+    windows: of each layer, how many positions a query sees, or None; frequencies: the model's RoPE,
+    for the signal `future_queries`.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        signals: Collection[Signal],
+        windows: Sequence[int | None],
+        frequencies: torch.Tensor | None,
+    ) -> None:
         self.window = window
+        self._signals, self._windows, self._frequencies = signals, windows, frequencies
         self.views: dict[int, dict[str, Any]] = {}
 
     def view(self, kv: LayerKV) -> LayerView:
-        """A captured layer with its signals: the queries of its own tokens, at most."""
+        """A captured layer with its signals: what is of its own tokens, at most."""
         recorded = self.views[kv.layer_id]
-        queries = recorded["queries"][:, -len(kv.positions) :]
-        return LayerView(kv, **(recorded | {"queries": queries}))
-
-    def record(self, layer_id: int, query: torch.Tensor, kwargs: dict[str, Any]) -> None:
-        self.views[layer_id] = {
-            "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
-            "softmax_scale": float(kwargs["scaling"]),
-            "softcap": kwargs.get("softcap"),
+        own = {
+            name: recorded[name][:, -len(kv.positions) :]
+            for name in ("queries", "mass")
+            if name in recorded
         }
+        return LayerView(kv, **(recorded | own))
+
+    def record(
+        self, layer_id: int, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
+        window = self._windows[layer_id]
+        recorded: dict[str, Any] = {
+            "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
+            "softmax_scale": scale,
+            "softcap": softcap,
+        }
+        if "mass" in self._signals:
+            recorded["mass"] = attention_mass(query[0], key[0], scale, softcap, window)
+        if self._frequencies is not None:
+            recorded["future_queries"] = query_statistics(query[0], self._frequencies)
+        self.views[layer_id] = recorded
 
 
 def capture(
@@ -224,6 +251,7 @@ def capture(
     *,
     window: int = 32,
     cache_dtype: torch.dtype | None = None,
+    signals: Collection[Signal] = (),
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """Prefill `ids` in one unperturbed call; keep each layer's K/V and the last queries.
 
@@ -232,10 +260,16 @@ def capture(
     the prefill side keeps its cache, by default the model's own. Queries stay in the model's. A
     layer with a sliding window holds the tokens that the next position can see.
 
+    signals: what some policies need besides (`policies.signals_of` says which), at a price: `mass`
+    computes the attention of the whole prompt a second time, in chunks of queries;
+    `future_queries` takes mean and covariance of all queries.
+
     Raises:
+        UnknownName: no such signal.
         BadInput: no ids, ids outside the vocabulary, more than the model has positions for, a
             window below 1, or a model in training mode (dropout would perturb the prefill).
-        Unsupported: see `architecture_of` and `wrap_attention`.
+        Unsupported: see `architecture_of` and `wrap_attention`; for `future_queries` also
+            `rope_frequencies`.
     """
     sliding_windows = windows_of(model)
     if window < 1:
@@ -244,7 +278,7 @@ def capture(
         raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
     ids = _check_ids(model, ids)
     wrap_attention(model)
-    recorder = _QueryRecorder(window)
+    recorder = _QueryRecorder(window, signals, sliding_windows, _frequencies(model, signals))
     with torch.no_grad():
         out = model(ids, use_cache=True, logits_to_keep=1, kvprism_recorder=recorder)
     n_tokens = ids.shape[1]
@@ -256,6 +290,14 @@ def capture(
     )
     views = tuple(recorder.view(kv) for kv in layers)
     return RequestKV(layers, n_tokens), views
+
+
+def _frequencies(model: PreTrainedModel, signals: Collection[Signal]) -> torch.Tensor | None:
+    """The model's RoPE if a signal needs it; `UnknownName` for a signal that there is not."""
+    for signal in signals:
+        if signal not in get_args(Signal):
+            raise UnknownName("signal", signal, list(get_args(Signal)))
+    return rope_frequencies(model) if "future_queries" in signals else None
 
 
 def _captured(

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -39,6 +40,7 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.lazy_initialization(k, v)
         self.keys, self.values = k, v
         self.positions = kv.positions.to(model.device)
+        self.held = None if kv.held is None else kv.held.to(model.device)
         self.next_position = next_position
         self.window = window
         self.is_sliding = window is not None  # which of the model's shared masks is sized by it
@@ -60,6 +62,8 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         stop = self.next_position + key_states.shape[-2]
         new = torch.arange(self.next_position, stop, device=self.positions.device)
         self.positions, self.next_position = torch.cat([self.positions, new]), stop
+        if self.held is not None:
+            self.held = functional.pad(self.held, (0, len(new)), value=True)
         # Said by an alias: on the stored tensor it would be a cycle that keeps dead caches alive.
         keys = keys.view_as(keys)
         keys.kvprism_layer = self  # type: ignore[attr-defined]
@@ -73,6 +77,7 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         n_gone = int((self.positions < self.start).sum())
         self.keys, self.values = self.keys[..., n_gone:, :], self.values[..., n_gone:, :]
         self.positions = self.positions[n_gone:]
+        self.held = None if self.held is None else self.held[:, n_gone:]
 
     def check_positions(self, position_ids: torch.Tensor | None) -> None:
         """Refuse queries that are not at the newest positions, and take their keys out again."""
@@ -88,7 +93,23 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             "generate from the prompt alone call cache.crop(-1) first"
         )
 
-    def columns(self, mask: torch.Tensor | None, n_queries: int) -> torch.Tensor | None:
+    def mask(self, shared: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+        """This layer's own mask: its columns of the shared one, and padding masked head by head.
+
+        shared: `[batch, head, query, position]`, bool or added to the logits, or None; query:
+        `[batch, q_head, query, channel]`.
+        """
+        own = self._columns(shared, query.shape[2])
+        if self.held is None:
+            return own
+        padding = ~self.held.repeat_interleave(query.shape[1] // len(self.held), 0)[None, :, None]
+        if own is None:  # both kinds of attention add a mask in the queries' dtype to the logits
+            own = query.new_zeros(1, 1, query.shape[2], self.held.shape[1])
+        if own.dtype == torch.bool:
+            return own & ~padding
+        return own.masked_fill(padding, torch.finfo(own.dtype).min)
+
+    def _columns(self, mask: torch.Tensor | None, n_queries: int) -> torch.Tensor | None:
         """This layer's own columns of the shared mask `[batch, head, query, position]`."""
         n_columns = self.next_position - self.start
         if len(self.positions) == n_columns:
@@ -127,6 +148,7 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         n_kept = int((self.positions < self.next_position).sum())
         super().crop(n_kept - len(self.positions))
         self.positions = self.positions[:n_kept]
+        self.held = None if self.held is None else self.held[:, :n_kept]
 
     def reset(self) -> None:
         """Forget everything; not in place, because the tensors may still be the caller's."""

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +17,13 @@ from kvprism.pipeline import Receiver, Sender
 from kvprism.plans import Plan
 from kvprism.policies import PlanOptions, plan
 from kvprism.profiles import Profile
-from kvprism.tensors import DTYPES, LayerView, RequestKV
+from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 
 T = TypeVar("T")
 
 TIER_LETTERS = "n84."
+# Restored caches hold heads with tokens of their own, padded in memory.
+HOLDS = Capability(drop="per_head")
 # A long prompt on a slow link; a peer that stands still is noticed in seconds all the same.
 LEASE_S = 3600.0
 DEFINITIONS = {
@@ -88,11 +90,16 @@ class PrefillWorker(_Role):
         self._captured: tuple[RequestKV, tuple[LayerView, ...]] | None = None
         self._plan: Plan | None = None
 
-    def prefill(self, ids: list[int]) -> dict[str, Any]:
-        """Run the prompt but for its last token, and keep its cache."""
+    def prefill(self, ids: list[int], signals: Sequence[Signal] = ()) -> dict[str, Any]:
+        """Run the prompt but for its last token, and keep its cache and what policies need of it.
+
+        signals: as `hf.capture`.
+        """
         started = time.perf_counter()
         prompt = torch.tensor(ids[:-1])
-        self._captured = hf.capture(self._model, prompt, cache_dtype=self._cache_dtype)
+        self._captured = hf.capture(
+            self._model, prompt, cache_dtype=self._cache_dtype, signals=signals
+        )
         self._plan = None
         elapsed_ms = _ms_since(started)
         shape = self._captured[0].shape()
@@ -109,7 +116,10 @@ class PrefillWorker(_Role):
         options: Mapping[str, Any] | None = None,
         capability: Capability | None = None,
     ) -> dict[str, Any]:
-        """Decide the tier of every token of the prefilled cache."""
+        """Decide the tier of every token of the prefilled cache.
+
+        capability: what the decode side can hold, by default what a `DecodeWorker` can.
+        """
         _, view = _required(self._captured, "prefilled")
         started = time.perf_counter()
         self._plan = plan(
@@ -117,7 +127,7 @@ class PrefillWorker(_Role):
             policy,
             budget,
             options=PlanOptions(**(options or {})),
-            capability=capability,
+            capability=capability or HOLDS,
             profile=self._profile,
         )
         return {
@@ -189,6 +199,7 @@ class DecodeWorker(_Role):
             port=port,
             fingerprint=self._fingerprint,
             profile=profile,
+            capability=HOLDS,
             expected=hf.shape_of(self._model, 1),
             lease_s=LEASE_S,
             allow_remote=allow_remote,

@@ -1,4 +1,4 @@
-"""Pure scorers: LayerView -> float32 `[head, token]`, higher = keep, finite."""
+"""SpectrumKV's importance: its three statistics, and the ranking of a prompt's tokens by them."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 
 from kvprism.errors import BadInput, MissingSignal
 from kvprism.registry import Registry
+from kvprism.score.attention import attention_logits
 from kvprism.tensors import LayerView
 
 SINKS = 4
@@ -30,24 +31,6 @@ def window_attention(view: LayerView) -> torch.Tensor:
     # One key that is not finite would otherwise make the attention to every token NaN.
     logits = torch.nan_to_num(attention_logits(view, view.kv.components["k"].float()))
     return logits.softmax(dim=-1).mean(dim=(1, 2))
-
-
-def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
-    """What the captured queries make of `keys` `[head, token, channel]`, in their dtype.
-
-    `[head, q_head of it, window, token]`; after a query stands the dtype's lowest number: its
-    probability is 0, and 0 times its logarithm is 0 too.
-    """
-    assert view.queries is not None
-    heads, tokens, channels = keys.shape
-    window = view.queries.shape[1]
-    queries = view.queries.to(keys.dtype).reshape(heads, -1, channels)
-    logits = queries @ keys.transpose(1, 2) * view.softmax_scale
-    if view.softcap is not None:
-        logits = torch.tanh(logits / view.softcap) * view.softcap
-    logits = logits.view(heads, -1, window, tokens)
-    future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tokens - window + 1)
-    return logits.masked_fill(future, torch.finfo(logits.dtype).min)
 
 
 def position(view: LayerView) -> torch.Tensor:

@@ -1,0 +1,144 @@
+"""Eviction policies as rows: a scorer, a split between layers, a split between heads, protection.
+
+All that a row says is about one layer, but for the split between layers, so that a later policy can
+take each layer's problem from another row and give the layers weights of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvprism.core import Capability, KVShape, LayerShape, Tier
+from kvprism.evict import EvictionProblem, Heads, LayerProblem, grants
+from kvprism.layout import Split
+from kvprism.registry import Registry
+from kvprism.score import SINKS
+from kvprism.score.accumulated import h2o
+from kvprism.score.attention import WINDOW
+from kvprism.score.expected import expected_attention
+from kvprism.score.keys import keydiff, knorm, recency
+from kvprism.score.window import cake, defensivekv, lava, max_pooled, scissorhands, snapkv, tova
+from kvprism.split import LayerSplit, cake_preference, lava_entropy, pooled, pyramid, uniform
+from kvprism.tensors import LayerView, Signal
+
+Scorer = Callable[[LayerView], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """One row: what a token is worth, who shares the budget how, and what is kept in any case.
+
+    heads: the split that the paper has; a receiver that holds one set of tokens per layer gets
+    `shared` instead. sinks, recent: how many of the first and last tokens of the prompt are kept;
+    signals: what the scorer needs beyond cache and window.
+    """
+
+    summary: str
+    scorer: Scorer
+    layers: LayerSplit = uniform
+    heads: Heads = "even"
+    sinks: int = 0
+    recent: int = WINDOW
+    signals: frozenset[Signal] = frozenset()
+
+
+EVICTIONS = Registry(
+    "eviction policy",
+    [
+        (
+            "streaming-llm",
+            Eviction("4 sinks and the most recent tokens", recency, heads="shared", sinks=4),
+        ),
+        (
+            "h2o",
+            Eviction("heavy hitters of all queries", h2o, signals=frozenset({"mass"})),
+        ),
+        ("tova", Eviction("attention of the last query", tova, heads="shared", recent=1)),
+        ("snapkv", Eviction("pooled attention of the last window", snapkv)),
+        ("pyramidkv", Eviction("snapkv, fewer tokens the later the layer", snapkv, pyramid)),
+        (
+            "cake",
+            Eviction("mean and variance of attention, layers by preference", cake, cake_preference),
+        ),
+        ("scissorhands", Eviction("how often attention was above average", scissorhands)),
+        ("keydiff", Eviction("keys unlike the mean key", keydiff, recent=1)),
+        ("knorm", Eviction("keys of low norm", knorm, recent=1)),
+        (
+            "expected-attention",
+            Eviction(
+                "expected attention of queries to come, times the value's norm",
+                expected_attention,
+                sinks=SINKS,
+                recent=1,
+                signals=frozenset({"future_queries"}),
+            ),
+        ),
+        ("ada-kv", Eviction("snapkv with a budget for each head", max_pooled, heads="adaptive")),
+        (
+            "lava",
+            Eviction("attention times value, layers by entropy", lava, lava_entropy, heads="flat"),
+        ),
+        (
+            "defensivekv",
+            Eviction("worst case over window and group", defensivekv, heads="adaptive"),
+        ),
+        (
+            "layer-defensivekv",
+            Eviction("the same with one top-k over all layers", defensivekv, pooled, heads="flat"),
+        ),
+    ],
+)
+
+
+def eviction_problem(
+    policy: str,
+    shape: KVShape,
+    view: Sequence[LayerView],
+    menu: tuple[Tier, ...],
+    cut: Split,
+    capability: Capability,
+) -> EvictionProblem:
+    """What `evict` solves for a policy; without a view it is a dry run.
+
+    A dry run ranks by recency and, where the split between layers follows the data, takes the
+    uniform one: such a plan has other tokens, and other bytes only by what padding makes of it.
+
+    Raises:
+        MissingSignal: the capture lacks what the scorer needs.
+        Unsupported: heads choose for themselves and components have other numbers of them.
+    """
+    row = EVICTIONS[policy]
+    scores = [row.scorer(layer) for layer in view]
+    known: Sequence[torch.Tensor | None] = scores or [None] * len(shape.layers)
+    layers = [
+        layer_problem(row, layer, score, capability)
+        for layer, score in zip(shape.layers, known, strict=True)
+    ]
+    granted = grants(layers, row.layers(len(layers), view, scores))
+    return EvictionProblem(policy, layers, granted, menu, cut)
+
+
+def layer_problem(
+    row: Eviction, layer: LayerShape, score: torch.Tensor | None, capability: Capability
+) -> LayerProblem:
+    """One layer as a row sees it; score: what its scorer gave, or None in a dry run."""
+    if score is None:
+        array: NDArray[np.floating] = np.tile(np.arange(float(layer.n_tokens)), (_heads(layer), 1))
+    else:
+        array = score.float().cpu().numpy()
+    heads = row.heads if capability.drop == "per_head" else "shared"
+    return LayerProblem(layer, array, protected(row.sinks, row.recent, layer), heads)
+
+
+def _heads(layer: LayerShape) -> int:
+    return max(component.heads for component in layer.components)
+
+
+def protected(sinks: int, recent: int, layer: LayerShape) -> NDArray[np.bool_]:
+    """`[token]`: what is kept in any case; sinks are the first of the prompt, not of a part."""
+    positions = np.arange(*layer.token_range)
+    kept: NDArray[np.bool_] = (positions < sinks) | (positions >= layer.token_range[1] - recent)
+    return kept

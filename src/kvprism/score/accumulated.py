@@ -1,0 +1,63 @@
+"""Attention of all queries of a prompt, added up as it is prefilled."""
+
+import torch
+
+from kvprism.errors import MissingSignal
+from kvprism.tensors import LayerView
+
+# Queries whose attention exists at once: memory is O(q_head * chunk * token), not token squared.
+CHUNK = 128
+
+
+def h2o(view: LayerView) -> torch.Tensor:
+    """H2O (arXiv 2306.14048, algorithm 1): accumulated attention, the column sums of the softmax.
+
+    Over all queries of the prompt, mean over the query heads of a KV head, no pooling. The paper
+    halves its budget between these heavy hitters and the most recent tokens; here the recent ones
+    are a fixed window, as in later papers' comparisons, so that policies differ in their scores.
+
+    Raises:
+        MissingSignal: the capture was not asked for the attention mass.
+    """
+    if view.mass is None:
+        raise MissingSignal(
+            f"layer {view.kv.layer_id}: h2o needs the attention mass of all queries, which was not "
+            "captured; capture with signals={'mass'}, or choose snapkv, which needs the last "
+            "window only"
+        )
+    return torch.nan_to_num(view.mass)
+
+
+def attention_mass(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    softmax_scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Column sums of the causal softmax, float32 `[head, token]`, mean over query heads.
+
+    queries: `[q_head, token, channel]`, keys: `[head, token, channel]`, of the same positions;
+    window: how many positions a query sees, itself included. The matrix never exists whole.
+    """
+    heads, tokens, channels = keys.shape
+    grouped = queries.reshape(heads, -1, tokens, channels)
+    mass = torch.zeros(heads, tokens, device=keys.device)
+    for start in range(0, tokens, CHUNK):
+        stop = min(start + CHUNK, tokens)
+        low = 0 if window is None else max(0, start - window + 1)
+        logits = grouped[:, :, start:stop].float() @ keys[:, None, low:stop].float().mT
+        logits = torch.nan_to_num(logits * softmax_scale)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        hidden = _hidden(range(start, stop), range(low, stop), window, keys.device)
+        weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+        mass[:, low:stop] += weights.sum(dim=2).mean(dim=1)
+    return mass
+
+
+def _hidden(queries: range, keys: range, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[query, key]`: what a query does not see, the future and what has left its window."""
+    at = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)
+    return (key > at) if window is None else (key > at) | (key <= at - window)

@@ -1,0 +1,60 @@
+"""Attention of captured queries to a layer's keys: what most scorers are made of."""
+
+from dataclasses import replace
+
+import torch
+
+from kvprism.errors import MissingSignal
+from kvprism.tensors import LayerView
+
+WINDOW = 32  # queries that a scorer looks at, at most: what `capture` records by default
+
+
+def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
+    """What the captured queries make of `keys` `[head, token, channel]`, in their dtype.
+
+    `[head, q_head of it, window, token]`; after a query stands the dtype's lowest number: its
+    probability is 0, and 0 times its logarithm is 0 too.
+    """
+    assert view.queries is not None
+    heads, tokens, channels = keys.shape
+    window = view.queries.shape[1]
+    queries = view.queries.to(keys.dtype).reshape(heads, -1, channels)
+    logits = queries @ keys.transpose(1, 2) * view.softmax_scale
+    if view.softcap is not None:
+        logits = torch.tanh(logits / view.softcap) * view.softcap
+    logits = logits.view(heads, -1, window, tokens)
+    future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tokens - window + 1)
+    return logits.masked_fill(future, torch.finfo(logits.dtype).min)
+
+
+def window_weights(view: LayerView, window: int = WINDOW) -> torch.Tensor:
+    """Attention probabilities of the last `window` queries (or as many as were captured).
+
+    Float32 `[head, q_head of it, window, token]`, causal within the window. Memory is
+    O(q_head * window * token). Attention is over the view's own tokens: what has left a layer's
+    sliding window will not be attended to again.
+
+    Raises:
+        MissingSignal: the capture recorded no queries.
+    """
+    if view.queries is None:
+        raise MissingSignal(
+            f"layer {view.kv.layer_id}: this scorer needs the queries of the last window, and none "
+            "were captured; capture with window >= 1, or choose streaming-llm, keydiff or knorm"
+        )
+    recent = replace(view, queries=view.queries[:, -window:])
+    # One key that is not finite would otherwise make the attention to every token NaN.
+    logits = torch.nan_to_num(attention_logits(recent, view.kv.components["k"].float()))
+    return logits.softmax(dim=-1)
+
+
+def prefix_weights(view: LayerView) -> torch.Tensor:
+    """`window_weights` of the tokens before the window: `[head, q_head of it, window, prefix]`."""
+    weights = window_weights(view)
+    return weights[..., : weights.shape[-1] - weights.shape[2]]
+
+
+def query_variance(weights: torch.Tensor) -> torch.Tensor:
+    """The population variance over the window, axis 2; 0 where the window is one query."""
+    return (weights - weights.mean(dim=2, keepdim=True)).square().mean(dim=2)
