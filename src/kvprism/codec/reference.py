@@ -28,6 +28,7 @@ from kvprism.tensors import KeyConditioning
 NESTED_LEVELS = 119
 ABSMAX_LEVELS = {8: 127, 4: 7}
 FLOAT16_MAX = 65504.0
+UNSOUND_SCALE = "a scale is negative or not finite: the planes were not made by this codec"
 _ANCHOR_SHIFT, _RESIDUAL_MASK, _BIAS = 4, 15, 8
 
 
@@ -149,9 +150,7 @@ def decode_into(
     bits = _bits(tier_of, menu)[chosen]
     scale = _read(planes[Plane.SCALE], torch.float16).float()[:, None]
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise CodecError(
-            "a scale is negative or not finite: the planes were not made by this codec"
-        )
+        raise CodecError(UNSOUND_SCALE)
     decode = _decode_absmax if quantised_codec(menu) == ABSMAX_CODEC else _decode_nested
     values = decode(planes, bits, channels) * scale
     if conditioned is not None:
