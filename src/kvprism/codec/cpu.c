@@ -85,6 +85,11 @@ INLINE float half_to_float(uint32_t half) {
     return float_of(bits_of(x) | (half & 0x8000) << 16);
 }
 
+/* A float16 that is finite: read as float32, subnormal or not, it is 2^112 times too small. */
+INLINE float any_half_to_float(uint32_t half) {
+    return float_of(bits_of(float_of((half & 0x7fff) << 13) * 0x1p112f) | (half & 0x8000) << 16);
+}
+
 /* The smallest float16 that is not below x, for 0 <= x <= LARGEST. */
 INLINE uint32_t half_not_below(float x) {
     uint32_t normal = (bits_of(x) - (112u << 23) + 0x1fff) >> 13;
@@ -105,10 +110,10 @@ INLINE uint16_t float_to_half(float x) {
     return (uint16_t)(half | sign >> 16);
 }
 
-/* Nearest bfloat16, halves to even. x is not NaN. */
-INLINE uint16_t float_to_bfloat(float x) {
+/* Nearest bfloat16 in the upper 16 bits, anything below; halves to even. x is not NaN. */
+INLINE uint32_t nearest_bfloat(float x) {
     uint32_t bits = bits_of(x);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return bits + 0x7fff + (bits >> 16 & 1);
 }
 
 /* ---- rows ---- */
@@ -116,15 +121,13 @@ INLINE uint16_t float_to_bfloat(float x) {
 INLINE float load(const void *row, int64_t i, int dtype) {
     if (dtype == FLOAT32) return ((const float *)row)[i];
     uint32_t half = ((const uint16_t *)row)[i];
-    if (dtype == BFLOAT16) return float_of(half << 16);
-    /* Subnormals too: as float32 they are 2^112 too small, all others as well. */
-    return float_of(bits_of(float_of((half & 0x7fff) << 13) * 0x1p112f) | (half & 0x8000) << 16);
+    return dtype == BFLOAT16 ? float_of(half << 16) : any_half_to_float(half);
 }
 
 INLINE void store(void *row, int64_t i, int dtype, float x) {
     if (dtype == FLOAT32) ((float *)row)[i] = x;
     if (dtype == FLOAT16) ((uint16_t *)row)[i] = float_to_half(x);
-    if (dtype == BFLOAT16) ((uint16_t *)row)[i] = float_to_bfloat(x);
+    if (dtype == BFLOAT16) ((uint16_t *)row)[i] = (uint16_t)(nearest_bfloat(x) >> 16);
 }
 
 /* max|x| as float32; inf or NaN when the row holds one. Bit patterns are ordered like sizes. */
@@ -148,18 +151,28 @@ INLINE float absmax(const void *row, int64_t channels, int dtype) {
     return most < 0x7c00 ? half_to_float((uint32_t)most) : float_of(0x7f800000u);
 }
 
-/* q + 8 as a byte, for q = round_half_to_even(x * inverse) in [-119, 119]. */
-INLINE uint8_t code(float x, float inverse) {
+/* q + 8 in the low 16 bits, for q = round_half_to_even(x * inverse) in [-119, 119]. */
+INLINE uint32_t code(float x, float inverse) {
     float product = x * inverse;
     /* At 1.5 * 2^23 a float32 step is 1: the addition rounds, and the low bits are the integer. */
-    return (uint8_t)bits_of(product + (12582912.0f + 8.0f));
+    return bits_of(product + (12582912.0f + 8.0f));
+}
+
+/* (16 a - 1/2) * scale, for a + 8 in 0 ... 15. A sixteenth of the code times 16: both are exact. */
+INLINE float restored_4(uint32_t raised, float scale) {
+    return ((float)(int32_t)raised - (8.0f + 1.0f / 32)) * (16 * scale);
+}
+
+/* q * scale, for q + 136 = 16 (a + 8) + residual in 0 ... 255. */
+INLINE float restored_8(uint32_t raised, float scale) {
+    return (float)((int32_t)raised - 136) * scale;
 }
 
 INLINE void encode_row(const void *restrict row, float inverse, int64_t half, int dtype, int eight,
                        uint8_t *restrict anchor, uint8_t *restrict residual) {
     for (int64_t i = 0; i < half; i++) {
-        uint8_t low = code(load(row, i, dtype), inverse);
-        uint8_t high = code(load(row, i + half, dtype), inverse);
+        uint8_t low = (uint8_t)code(load(row, i, dtype), inverse);
+        uint8_t high = (uint8_t)code(load(row, i + half, dtype), inverse);
         anchor[i] = (uint8_t)(low >> 4 | (high & 0xf0));
         if (eight) residual[i] = (uint8_t)((low & 15) | high << 4);
     }
@@ -168,22 +181,118 @@ INLINE void encode_row(const void *restrict row, float inverse, int64_t half, in
 INLINE void decode_row_4(void *restrict row, float scale, int64_t half, int dtype,
                          const uint8_t *restrict anchor) {
     for (int64_t i = 0; i < half; i++) {
-        /* 256 + 16 (a + 8) by its bits, so that a - 8 ... 7 needs no conversion from an integer. */
-        uint32_t low = (uint32_t)(anchor[i] & 15) << 19, high = (uint32_t)(anchor[i] & 0xf0) << 15;
-        uint32_t base = bits_of(256.0f) ^ 8u << 19;
-        store(row, i, dtype, (float_of(low ^ base) - 384.5f) * scale);
-        store(row, i + half, dtype, (float_of(high ^ base) - 384.5f) * scale);
+        uint32_t both = anchor[i] ^ 0x88u;
+        store(row, i, dtype, restored_4(both & 15, scale));
+        store(row, i + half, dtype, restored_4(both >> 4, scale));
     }
 }
 
 INLINE void decode_row_8(void *restrict row, float scale, int64_t half, int dtype,
                          const uint8_t *restrict anchor, const uint8_t *restrict residual) {
     for (int64_t i = 0; i < half; i++) {
-        int8_t low = (int8_t)(uint8_t)(anchor[i] << 4 | (residual[i] & 15));
-        int8_t high = (int8_t)(uint8_t)((anchor[i] & 0xf0) | residual[i] >> 4);
-        store(row, i, dtype, (float)(low - 8) * scale);
-        store(row, i + half, dtype, (float)(high - 8) * scale);
+        uint32_t a = anchor[i] ^ 0x88u, r = residual[i];
+        store(row, i, dtype, restored_8((a & 15) << 4 | (r & 15), scale));
+        store(row, i + half, dtype, restored_8((a & 0xf0) | r >> 4, scale));
     }
+}
+
+/* ---- rows of 16-bit values, two channels in a 32-bit word ----
+ *
+ * The same as above for channels in fours. Taken apart by shifts, the two halves of a word need no
+ * move across a vector, which is what costs most in the loops above.
+ */
+
+INLINE uint32_t word(const uint8_t *at, int64_t i) {
+    uint32_t both;
+    memcpy(&both, at + 4 * i, sizeof both);
+    return both;
+}
+
+INLINE uint32_t pair(const uint8_t *at, int64_t i) {
+    uint16_t both;
+    memcpy(&both, at + 2 * i, sizeof both);
+    return both;
+}
+
+INLINE void put_pair(uint8_t *at, int64_t i, uint32_t value) {
+    uint16_t both = (uint16_t)value;
+    memcpy(at + 2 * i, &both, sizeof both);
+}
+
+/* Nearest bfloat16 of a product of a code and a positive scale, halves to even. Such a product has at
+ * most 20 significant bits, so `large` is a multiple of 16 bfloat16 steps: the addition rounds. */
+INLINE float rounded_to_bfloat(float product) {
+    float large = product * 0x1p16f;
+    return product + large - large;
+}
+
+INLINE void put_word(uint8_t *row, int64_t i, int dtype, float even, float odd) {
+    uint32_t both = float_to_half(even) | (uint32_t)float_to_half(odd) << 16;
+    if (dtype == BFLOAT16)
+        both = bits_of(rounded_to_bfloat(even)) >> 16 | bits_of(rounded_to_bfloat(odd));
+    memcpy(row + 4 * i, &both, sizeof both);
+}
+
+/* The codes of the two channels of a word: q + 8 in bits 0-7 and 8-15, anything above. */
+INLINE uint32_t two_codes(uint32_t both, float inverse, int dtype) {
+    float even = dtype == BFLOAT16 ? float_of(both << 16) : any_half_to_float(both & 0xffff);
+    float odd = dtype == BFLOAT16 ? float_of(both & 0xffff0000u) : any_half_to_float(both >> 16);
+    return (code(even, inverse) & 0xff) | code(odd, inverse) << 8;
+}
+
+INLINE void encode_words(const uint8_t *restrict row, float inverse, int64_t n, int dtype, int eight,
+                         uint8_t *restrict anchor, uint8_t *restrict residual) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t low = two_codes(word(row, i), inverse, dtype);
+        uint32_t high = two_codes(word(row, i + n), inverse, dtype);
+        put_pair(anchor, i, (low >> 4 & 0x0f0f) | (high & 0xf0f0));
+        if (eight) put_pair(residual, i, (low & 0x0f0f) | (high & 0x0f0f) << 4);
+    }
+}
+
+INLINE void decode_words_4(uint8_t *restrict row, float scale, int64_t n, int dtype,
+                           const uint8_t *restrict anchor) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t a = pair(anchor, i) ^ 0x8888;
+        put_word(row, i, dtype, restored_4(a & 15, scale), restored_4(a >> 8 & 15, scale));
+        put_word(row, i + n, dtype, restored_4(a >> 4 & 15, scale), restored_4(a >> 12, scale));
+    }
+}
+
+INLINE void decode_words_8(uint8_t *restrict row, float scale, int64_t n, int dtype,
+                           const uint8_t *restrict anchor, const uint8_t *restrict residual) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t a = pair(anchor, i) ^ 0x8888, r = pair(residual, i);
+        uint32_t low = (a & 0x0f0f) << 4 | (r & 0x0f0f), high = (a & 0xf0f0) | (r >> 4 & 0x0f0f);
+        put_word(row, i, dtype, restored_8(low & 0xff, scale), restored_8(low >> 8, scale));
+        put_word(row, i + n, dtype, restored_8(high & 0xff, scale), restored_8(high >> 8, scale));
+    }
+}
+
+INLINE int in_words(int64_t channels, int dtype) { return dtype != FLOAT32 && channels % 4 == 0; }
+
+INLINE void encode_any(const uint8_t *row, float inverse, int64_t channels, int dtype, int eight,
+                       uint8_t *anchor, uint8_t *residual) {
+    if (in_words(channels, dtype))
+        encode_words(row, inverse, channels / 4, dtype, eight, anchor, residual);
+    else
+        encode_row(row, inverse, channels / 2, dtype, eight, anchor, residual);
+}
+
+INLINE void decode_any_4(uint8_t *row, float scale, int64_t channels, int dtype,
+                         const uint8_t *anchor) {
+    if (in_words(channels, dtype) && scale > 0)
+        decode_words_4(row, scale, channels / 4, dtype, anchor);
+    else
+        decode_row_4(row, scale, channels / 2, dtype, anchor);
+}
+
+INLINE void decode_any_8(uint8_t *row, float scale, int64_t channels, int dtype,
+                         const uint8_t *anchor, const uint8_t *residual) {
+    if (in_words(channels, dtype) && scale > 0)
+        decode_words_8(row, scale, channels / 4, dtype, anchor, residual);
+    else
+        decode_row_8(row, scale, channels / 2, dtype, anchor, residual);
 }
 
 /* ---- blocks ---- */
@@ -209,22 +318,24 @@ INLINE int32_t encode_tile(Tile *tile, Cursor *at, int64_t channels, int dtype) 
     float size[TILE] = {0}, inverse[TILE];
     uint16_t scale[TILE];
     for (int64_t r = 0; r < tile->n; r++) size[r] = absmax(tile->row[r], channels, dtype);
-    for (int64_t r = 0; r < tile->n; r++)
-        if (!(size[r] / LEVELS <= LARGEST)) return 0;
+    int32_t unfit = 0;
     for (int64_t r = 0; r < TILE; r++) {
-        uint32_t half = half_not_below(size[r] / LEVELS);
+        float least = size[r] / LEVELS;
+        uint32_t half = half_not_below(least);
         float s = half_to_float(half);
         inverse[r] = s > 0 ? 1.0f / s : 0.0f;
         scale[r] = (uint16_t)half;
+        unfit |= !(least <= LARGEST);
     }
+    if (unfit) return 0;
     memcpy(at->scale, scale, (size_t)tile->n * 2);
     at->scale += tile->n * 2;
     for (int64_t r = 0; r < tile->n; r++) {
         if (tile->eight[r]) {
-            encode_row(tile->row[r], inverse[r], channels / 2, dtype, 1, at->anchor, at->residual);
+            encode_any(tile->row[r], inverse[r], channels, dtype, 1, at->anchor, at->residual);
             at->residual += channels / 2;
         } else {
-            encode_row(tile->row[r], inverse[r], channels / 2, dtype, 0, at->anchor, 0);
+            encode_any(tile->row[r], inverse[r], channels, dtype, 0, at->anchor, 0);
         }
         at->anchor += channels / 2;
     }
@@ -271,10 +382,10 @@ INLINE void decode_rows(const Block *block, int64_t first, int64_t last, Cursor 
             memcpy(row, at.native, native);
             at.native += native;
         } else if (kind == EIGHT) {
-            decode_row_8(row, next_scale(&at), half, dtype, at.anchor, at.residual);
+            decode_any_8(row, next_scale(&at), channels, dtype, at.anchor, at.residual);
             at.anchor += half, at.residual += half;
         } else if (kind == FOUR) {
-            decode_row_4(row, next_scale(&at), half, dtype, at.anchor);
+            decode_any_4(row, next_scale(&at), channels, dtype, at.anchor);
             at.anchor += half;
         }
         if (++token == block->tokens) token = 0, head++;
