@@ -36,7 +36,7 @@
 #define LEVELS 119.0f    /* codes lie in [-LEVELS, LEVELS] */
 #define LARGEST 65504.0f /* of float16 */
 
-enum dtype { BFLOAT16, FLOAT16, FLOAT32 };
+enum dtype { BFLOAT16, FLOAT16, FLOAT32, FLOAT16_SMALL };
 enum kind { SKIP, NATIVE, EIGHT, FOUR, KINDS };
 
 /* One block and its planes; cpu.py has the same fields in the same order. Strides are in bytes. */
@@ -219,17 +219,24 @@ INLINE void put_pair(uint8_t *at, int64_t i, uint32_t value) {
     memcpy(at + 2 * i, &both, sizeof both);
 }
 
-/* Nearest bfloat16 of a product of a code and a positive scale, halves to even. Such a product has at
- * most 20 significant bits, so `large` is a multiple of 16 bfloat16 steps: the addition rounds. */
-INLINE float rounded_to_bfloat(float product) {
-    float large = product * 0x1p16f;
+/* A product of a code and a positive scale, rounded to a float with `bits` bits fewer, halves to even.
+ * Such a product has at most 20 significant bits: `large` is an even multiple of the step that the
+ * addition rounds to. (Not where the result would be subnormal.) */
+INLINE float rounded(float product, int bits) {
+    float large = product * (float)(1 << bits);
     return product + large - large;
 }
 
 INLINE void put_word(uint8_t *row, int64_t i, int dtype, float even, float odd) {
-    uint32_t both = float_to_half(even) | (uint32_t)float_to_half(odd) << 16;
-    if (dtype == BFLOAT16)
-        both = bits_of(rounded_to_bfloat(even)) >> 16 | bits_of(rounded_to_bfloat(odd));
+    uint32_t both, e, o;
+    if (dtype == FLOAT16) {
+        both = float_to_half(even) | (uint32_t)float_to_half(odd) << 16;
+    } else if (dtype == FLOAT16_SMALL) {
+        e = bits_of(rounded(even, 13)), o = bits_of(rounded(odd, 13));
+        both = (e >> 13 & 0x7fff) | (e >> 16 & 0x8000) | (o << 3 & 0x7fff0000) | (o & 0x80000000u);
+    } else {
+        both = bits_of(rounded(even, 16)) >> 16 | bits_of(rounded(odd, 16));
+    }
     memcpy(row + 4 * i, &both, sizeof both);
 }
 
@@ -262,8 +269,9 @@ INLINE void decode_words_4(uint8_t *restrict row, float scale, int64_t n, int dt
 INLINE void decode_words_8(uint8_t *restrict row, float scale, int64_t n, int dtype,
                            const uint8_t *restrict anchor, const uint8_t *restrict residual) {
     for (int64_t i = 0; i < n; i++) {
-        uint32_t a = pair(anchor, i) ^ 0x8888, r = pair(residual, i);
-        uint32_t low = (a & 0x0f0f) << 4 | (r & 0x0f0f), high = (a & 0xf0f0) | (r >> 4 & 0x0f0f);
+        uint16_t a = (uint16_t)(pair(anchor, i) ^ 0x8888), r = (uint16_t)pair(residual, i);
+        uint16_t low = (uint16_t)((a << 4 & 0xf0f0) | (r & 0x0f0f));
+        uint16_t high = (uint16_t)((a & 0xf0f0) | (r >> 4 & 0x0f0f));
         put_word(row, i, dtype, restored_8(low & 0xff, scale), restored_8(low >> 8, scale));
         put_word(row, i + n, dtype, restored_8(high & 0xff, scale), restored_8(high >> 8, scale));
     }
@@ -279,20 +287,28 @@ INLINE void encode_any(const uint8_t *row, float inverse, int64_t channels, int 
         encode_row(row, inverse, channels / 2, dtype, eight, anchor, residual);
 }
 
+/* Whether a float16 row of this scale holds nothing but zeros and values that are neither subnormal
+ * nor too large. Made 2^112 times smaller (FLOAT16_SMALL), their bits are the float16's already. */
+INLINE int plain_half(float scale) { return scale >= 0x1p-13f && scale <= 256.0f; }
+
 INLINE void decode_any_4(uint8_t *row, float scale, int64_t channels, int dtype,
                          const uint8_t *anchor) {
-    if (in_words(channels, dtype) && scale > 0)
-        decode_words_4(row, scale, channels / 4, dtype, anchor);
-    else
+    if (!in_words(channels, dtype) || !(scale > 0))
         decode_row_4(row, scale, channels / 2, dtype, anchor);
+    else if (dtype == FLOAT16 && plain_half(scale))
+        decode_words_4(row, scale * 0x1p-112f, channels / 4, FLOAT16_SMALL, anchor);
+    else
+        decode_words_4(row, scale, channels / 4, dtype, anchor);
 }
 
 INLINE void decode_any_8(uint8_t *row, float scale, int64_t channels, int dtype,
                          const uint8_t *anchor, const uint8_t *residual) {
-    if (in_words(channels, dtype) && scale > 0)
-        decode_words_8(row, scale, channels / 4, dtype, anchor, residual);
-    else
+    if (!in_words(channels, dtype) || !(scale > 0))
         decode_row_8(row, scale, channels / 2, dtype, anchor, residual);
+    else if (dtype == FLOAT16 && plain_half(scale))
+        decode_words_8(row, scale * 0x1p-112f, channels / 4, FLOAT16_SMALL, anchor, residual);
+    else
+        decode_words_8(row, scale, channels / 4, dtype, anchor, residual);
 }
 
 /* ---- blocks ---- */
