@@ -11,6 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/set-up
 TINY := $(shell find kvprism-tiny -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
+KERNELS := hatch_build.py scripts/build-codec src/kvprism/codec/cpu.c
 
 .PHONY: setup demo test check clean
 
@@ -31,7 +32,8 @@ clean:
 
 # torch goes first, and its pin is repeated, so that no later requirement can replace it.
 # kvprism-tiny comes from this repository: named beside the package, no index is asked for it.
-$(STAMP): pyproject.toml $(TINY) scripts/requirements
+# Installing kvprism compiles the codec's kernels, so their source is a reason to install again.
+$(STAMP): pyproject.toml $(TINY) scripts/requirements $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvprism needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	@test -x $(BIN)/pip || { echo "==> creating .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "==> installing $(TORCH) (the largest download; once)"

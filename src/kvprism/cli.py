@@ -24,6 +24,7 @@ from kvprism.commands.options import (
     Prompt,
     Seed,
     TokenFile,
+    numbers,
 )
 
 app = typer.Typer(
@@ -36,6 +37,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: at once, and the same in a terminal and in a log
 )
 app.add_typer(eval_app.app, name="eval")
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -316,6 +319,37 @@ def inspect(
         result = inspect_stream(file)
         show_stream(result)
         console.write_json(json, result)
+
+
+@bench.command(epilog="Example: kvprism bench codec --mib 256 --threads 1,2 --json codec.json")
+def codec(
+    mib: Annotated[
+        str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
+    ] = "16,256",
+    threads: Annotated[
+        str, typer.Option("--threads", help="Threads of the codec, with commas between them.")
+    ] = "1",
+    dtype: CacheDtype = "bfloat16",
+    channels: Annotated[int, typer.Option("--channels", min=2, help="Channels of a head.")] = 128,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=15, help="Times that codec and copy take turns.")
+    ] = 15,
+    json: Json = None,
+) -> None:
+    """INT8 and INT4, encode and decode, against a copy of the same bytes.
+
+    Every result is compared with the reference before it is timed; codec and memcpy take turns, and
+    the ratio is the median over the turns. The roofline counts bytes read and written.
+    """
+    with console.one_line_errors(json):
+        console.load("kvprism.commands.bench")
+        from kvprism.commands.bench import run_bench, show_bench, with_provenance
+
+        sizes, counts = numbers(mib, "--mib"), numbers(threads, "--threads")
+        with console.progress("cases") as advance:
+            rows = run_bench(sizes, counts, dtype, channels, repeats, advance)
+        show_bench(rows)
+        console.write_json(json, with_provenance(rows))
 
 
 @app.command(epilog="Example: kvprism doctor --json doctor.json")

@@ -8,6 +8,8 @@ import torch
 from kvprism.errors import CodecError
 from kvprism.layout import Plane
 
+UNSOUND_SCALE = "a scale is negative or not finite: the planes were not made by this codec"
+
 
 def read(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
     """A flat copy, because torch cannot promise to leave a read-only buffer alone."""
@@ -27,9 +29,7 @@ def read_scales(planes: Mapping[Plane, memoryview]) -> torch.Tensor:
     """
     scale = read(planes[Plane.SCALE], torch.float16).float()
     if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise CodecError(
-            "a scale is negative or not finite: the planes were not made by this codec"
-        )
+        raise CodecError(UNSOUND_SCALE)
     return scale
 
 

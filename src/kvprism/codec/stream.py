@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvprism.codec.reference import Conditioned, decode_into, encode_into
+from kvprism.codec.backend import decode_into, encode_into
+from kvprism.codec.reference import Conditioned
 from kvprism.core import (
     CONDITIONED_CODEC,
     KEYS,
@@ -328,16 +329,12 @@ class Assembler:
             )
         destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
         out = destination.rows(block)
-        # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
-        dense = out if out.is_contiguous() else torch.zeros(out.shape, dtype=out.dtype)
         named = {Plane(plane): data for plane, data in planes.items()}
         conditioned = _conditioned(block, self._conditioning.get(block.layer))
         try:
-            decode_into(named, tiers, self.menu, dense, conditioned, block.component)
+            decode_into(named, tiers, self.menu, out, conditioned, block.component)
         except CodecError as error:
             raise _at(block, error) from error
-        if dense is not out:
-            out.copy_(dense)
 
     def finish(self) -> RequestKV:
         """The restored cache, dropped tokens left out; every piece was added."""

@@ -18,6 +18,7 @@ from kvprism.commands.options import (
     ProfileFile,
     Records,
     Seed,
+    numbers,
 )
 
 app = typer.Typer(
@@ -108,7 +109,7 @@ def needle(
     """
     with console.one_line_errors(json, records):
         console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, numbers, parse_arms, run_needle
+        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_needle
 
         task = run_needle(
             model,
@@ -159,7 +160,7 @@ def ruler(
     """
     with console.one_line_errors(json, records):
         console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, numbers, parse_arms, run_ruler
+        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_ruler
 
         suite = run_ruler(
             model,

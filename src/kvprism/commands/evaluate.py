@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvprism.commands import console
-from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
@@ -54,22 +53,6 @@ HEADINGS = {
 }
 HIGHER_IS_BETTER = {"exact_match", "answers_right"}
 SIGNIFICANT = 0.05
-
-
-def numbers(text: str, what: str) -> list[int]:
-    """Whole numbers between commas.
-
-    Example:
-        >>> numbers("1024,2048", "--length")
-        [1024, 2048]
-
-    Raises:
-        BadInput: anything else; names `what` it was meant for.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadInput(f"{what} takes whole numbers such as 1024,2048, got {text!r}") from error
 
 
 def parse_arms(

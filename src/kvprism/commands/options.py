@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from kvprism.errors import BadInput
+
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
 Model = Annotated[
     str, typer.Option("--model", help="Built-in model or directory of a local checkpoint.")
@@ -64,3 +66,19 @@ Records = Annotated[
     Path | None,
     typer.Option("--records", help="Keep every measurement here; the same command resumes."),
 ]
+
+
+def numbers(text: str, what: str) -> list[int]:
+    """Whole numbers between commas.
+
+    Example:
+        >>> numbers("1024,2048", "--length")
+        [1024, 2048]
+
+    Raises:
+        BadInput: anything else; names `what` it was meant for.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(f"{what} takes whole numbers such as 1024,2048, got {text!r}") from error
