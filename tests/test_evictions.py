@@ -12,8 +12,9 @@ from kvprism.codec.stream import decode, encode
 from kvprism.core import Budget, Capability
 from kvprism.errors import BudgetTooSmall, CodecError, MissingSignal, UnknownName
 from kvprism.evictions import EVICTIONS
+from kvprism.planning import plan, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
-from kvprism.policies import POLICIES, plan, plan_shape, signals_of, smallest_nbytes
+from kvprism.policies import POLICIES, signals_of
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
 TOKENS, LAYERS, HEADS = 160, 3, 2

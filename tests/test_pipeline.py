@@ -27,8 +27,8 @@ from kvprism.errors import (
     Unsupported,
 )
 from kvprism.pipeline import Receiver, Sender
+from kvprism.planning import PlanOptions, plan
 from kvprism.plans import Plan
-from kvprism.policies import PlanOptions, plan
 from kvprism.profiles import Profile
 from kvprism.tensors import RequestKV
 

@@ -36,8 +36,9 @@ from kvprism.errors import (
 )
 from kvprism.evictions import EVICTIONS
 from kvprism.layout import Split
+from kvprism.planning import PlanOptions, layer_shares, plan, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
-from kvprism.policies import POLICIES, PlanOptions, layer_shares, plan, plan_shape, smallest_nbytes
+from kvprism.policies import POLICIES
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile
 from kvprism.score import SCORERS, ranking
 from kvprism.tensors import LayerKV, LayerView, RequestKV

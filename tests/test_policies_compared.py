@@ -7,7 +7,8 @@ from strategies import cache, view_of
 from kvprism.codec.stream import decode, encode
 from kvprism.core import MENUS, ONE_WIDTH_MENUS
 from kvprism.errors import BadInput, UnknownName
-from kvprism.policies import POLICIES, PlanOptions, plan, plan_shape
+from kvprism.planning import PlanOptions, plan, plan_shape
+from kvprism.policies import POLICIES
 
 COMPARED = [name for name, row in POLICIES.items() if row.code is not None]
 TOKENS = 300

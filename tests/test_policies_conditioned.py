@@ -10,8 +10,8 @@ from test_policies import PROFILE, TOKENS, planned, profile_with, prompt, prompt
 from kvprism.codec.stream import decode, encode
 from kvprism.core import CONDITIONED_CODEC, CONDITIONED_MENU, MENU, NESTED_CODEC, Capability
 from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch, Unsupported
+from kvprism.planning import PlanOptions, plan, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
-from kvprism.policies import PlanOptions, plan, plan_shape, smallest_nbytes
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile
 
 

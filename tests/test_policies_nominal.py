@@ -8,7 +8,8 @@ from test_policies import BUDGETED, PROFILE, prompt_view, tiers_of
 from kvprism.core import Budget
 from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evictions import EVICTIONS
-from kvprism.policies import POLICIES, plan
+from kvprism.planning import plan
+from kvprism.policies import POLICIES
 
 
 @pytest.mark.parametrize("policy", [name for name in BUDGETED if name not in EVICTIONS])

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from kvprism.core import Budget, Capability, Tier
     from kvprism.integrations.hf import capture, fingerprint, load, restore
     from kvprism.pipeline import Receiver, Sender
+    from kvprism.planning import PlanOptions, plan
     from kvprism.plans import Plan
-    from kvprism.policies import PlanOptions, plan, signals_of
+    from kvprism.policies import signals_of
     from kvprism.profiles import Profile
 
 __all__ = [
@@ -39,7 +40,7 @@ _HOME = {
     "Budget": "kvprism.core",
     "Capability": "kvprism.core",
     "Plan": "kvprism.plans",
-    "PlanOptions": "kvprism.policies",
+    "PlanOptions": "kvprism.planning",
     "Profile": "kvprism.profiles",
     "Receiver": "kvprism.pipeline",
     "Sender": "kvprism.pipeline",
@@ -49,7 +50,7 @@ _HOME = {
     "encode": "kvprism.codec.stream",
     "fingerprint": "kvprism.integrations.hf",
     "load": "kvprism.integrations.hf",
-    "plan": "kvprism.policies",
+    "plan": "kvprism.planning",
     "restore": "kvprism.integrations.hf",
     "signals_of": "kvprism.policies",
 }

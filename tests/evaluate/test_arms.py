@@ -13,7 +13,8 @@ from kvprism.evaluate.arms import Arm, SavedProfile, arms_of, policy_budget, thr
 from kvprism.evaluate.haystack import generated_ids
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.integrations.hf import capture
-from kvprism.policies import POLICIES, PlanOptions, signals_of
+from kvprism.planning import PlanOptions
+from kvprism.policies import POLICIES, signals_of
 from kvprism.profiles import ProbeRecord, Profile
 
 
@@ -45,6 +46,25 @@ def test_sizes_stay_as_they_were_written() -> None:
     assert policy_budget("100tok") == "100tok"
 
 
+def test_a_policy_may_name_its_code() -> None:
+    arms = arms_of(["spectrum", "spectrum:hadamard"], ["0.3"], PlanOptions(importance="norm"))
+    assert names(arms) == [("raw", None), ("spectrum", 0.3), ("spectrum", 0.3)]
+    assert [arm.options.codec for arm in arms] == ["nested", "nested", "hadamard"]
+    assert {arm.options.importance for arm in arms} == {"norm"}
+    with pytest.raises(UnknownName, match="zip"):
+        arms_of(["spectrum:zip"], ["0.3"])
+
+
+def test_budgets_may_count_from_the_floor(captured: Any) -> None:
+    arms = arms_of(["spectrum", "spectrum-layer", "snapkv"], ["floor", "floor+0.10"])
+    assert [arm.budget for arm in arms[1:3]] == ["floor", "floor+0.10"]
+    for low, high in zip(arms[1::2], arms[2::2], strict=True):
+        smallest, larger = (through_the_wire(*captured, arm)[1] for arm in (low, high))
+        with pytest.raises(BudgetTooSmall):
+            through_the_wire(*captured, Arm(low.policy, f"{smallest.nbytes - 1}b"))
+        assert 0.08 < larger.fraction - smallest.fraction <= 0.10
+
+
 @pytest.mark.parametrize("budget", [None, 0.3])
 def test_an_arm_has_a_budget_exactly_when_its_policy_takes_one(budget: float | None) -> None:
     policy = "spectrum" if budget is None else "int8"
@@ -57,7 +77,7 @@ def test_budgeted_policies_without_budgets_are_refused() -> None:
         arms_of(["spectrum"], [])
 
 
-@pytest.mark.parametrize("budget", ["much", "-0.3", "0", "0.3x"])
+@pytest.mark.parametrize("budget", ["much", "-0.3", "0", "0.3x", "floor+", "floor+much"])
 def test_what_is_no_budget_is_refused_before_anything_is_measured(budget: str) -> None:
     with pytest.raises(BadInput, match="budget"):
         arms_of(["spectrum"], [budget])

@@ -17,7 +17,7 @@ from kvprism.evaluate.records import collect, load_records
 from kvprism.evaluate.ruler import DEPTHS, SUBTASKS, Ruler, RulerCase, RulerId
 from kvprism.evaluate.summary import rows_of
 from kvprism.evaluate.tasks import KINDS
-from kvprism.policies import PlanOptions
+from kvprism.planning import PlanOptions
 
 RAW = arms_of(["raw"], [])
 LENGTH = 700

@@ -9,7 +9,7 @@ from kvprism.codec.stream import decode, encode
 from kvprism.core import Capability
 from kvprism.errors import ShapeMismatch
 from kvprism.integrations import hf
-from kvprism.policies import plan
+from kvprism.planning import plan
 from kvprism.tensors import LayerKV, RequestKV
 
 ATOL = 1e-4  # of logits in float32: the project's definition of "dropping equals masked attention"

@@ -20,7 +20,7 @@ from kvprism.errors import KVPrismError
 from kvprism.integrations import tiny
 from kvprism.layout import plane_nbytes
 from kvprism.pipeline import Receiver, Sender
-from kvprism.policies import plan
+from kvprism.planning import plan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 from kvprism.transport.token import create_token, load_token
 

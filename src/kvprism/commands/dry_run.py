@@ -9,8 +9,9 @@ from kvprism.core import Budget, KVShape
 from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.integrations import hf
 from kvprism.layout import row_nbytes
+from kvprism.planning import PlanOptions, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
-from kvprism.policies import POLICIES, PlanOptions, plan_shape, smallest_nbytes
+from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
 
 _BITS_PER_S = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9}

@@ -18,7 +18,7 @@ from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations.hf import load_config, shape_of
-from kvprism.policies import PlanOptions, code_of
+from kvprism.planning import PlanOptions, code_of
 
 
 class Heading(NamedTuple):

@@ -31,7 +31,13 @@ AllowRemote = Annotated[
 PolicyName = Annotated[
     str, typer.Option("--policy", help="What is sent how precisely; kvprism policies lists them.")
 ]
-Policies = Annotated[str, typer.Option("--policy", help="Policies, with commas between them.")]
+Policies = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        help="Policies, with commas between them; spectrum:hadamard is one in another code.",
+    ),
+]
 BudgetText = Annotated[
     str | None,
     typer.Option(
@@ -39,14 +45,22 @@ BudgetText = Annotated[
         help="Cap on all wire bytes: 0.30 or 30% of the cache at 16 bits, 512MiB, or 512tok.",
     ),
 ]
-Budgets = Annotated[str, typer.Option("--budget", help="Budgets, with commas between them.")]
+Budgets = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        help="Budgets, with commas between them; floor+0.04 counts from a policy's smallest plan.",
+    ),
+]
 Importance = Annotated[
     str, typer.Option("--importance", help="What ranks tokens: attention, position or norm.")
 ]
 Codec = Annotated[
     str,
     typer.Option(
-        "--codec", help="The code of INT8 and INT4: nested, conditioned, or the papers' published."
+        "--codec",
+        help="The code of INT8 and INT4: nested, conditioned, the papers' published, or for "
+        "comparison affine, hadamard, grouped.",
     ),
 ]
 ProfileFile = Annotated[

@@ -17,7 +17,8 @@ from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 from kvprism.integrations.worker import Pair
-from kvprism.policies import PlanOptions, code_of, signals_of
+from kvprism.planning import PlanOptions, code_of
+from kvprism.policies import signals_of
 from kvprism.profiles import Profile
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token

@@ -9,8 +9,9 @@ from pathlib import Path
 from kvprism.codec.stream import decode, encode
 from kvprism.core import Budget, Capability, KVShape
 from kvprism.errors import BadInput, ProfileMismatch
+from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, split_floor
 from kvprism.plans import Plan
-from kvprism.policies import DEFAULT_OPTIONS, POLICIES, PlanOptions, plan
+from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
 from kvprism.tensors import LayerView, RequestKV
 
@@ -88,22 +89,26 @@ def arms_of(
 ) -> tuple[Arm, ...]:
     """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
 
+    policies: names, each with `:codec` behind it if its code is not that of `options`.
+
     Raises:
         UnknownName: no such policy or codec.
         BadInput: a budgeted policy and no budget, or a budget that is none.
     """
     wanted = [policy_budget(budget) for budget in budgets]
     arms = [Arm(RAW, None, options, saved)]
-    for policy in policies:
+    for name in policies:
+        policy, _, codec = name.partition(":")
+        own = replace(options, codec=codec) if codec else options
         if POLICIES[policy].budgeted and not wanted:
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
         for budget in wanted if POLICIES[policy].budgeted else [None]:
-            arms.append(Arm(policy, budget, options, saved))
+            arms.append(Arm(policy, budget, own, saved))
     return tuple(dict.fromkeys(arms))
 
 
 def policy_budget(text: str | float) -> float | str:
-    """`0.30` and `30%` as the fraction that they are; sizes such as `512MiB` as they were written.
+    """`0.30` and `30%` as the fraction that they are; `512MiB` or `floor+0.04` as it was written.
 
     Raises:
         BadInput: none of these.
@@ -112,7 +117,9 @@ def policy_budget(text: str | float) -> float | str:
         >>> policy_budget("30%"), policy_budget("0.3"), policy_budget(" 512MiB ")
         (0.3, 0.3, '512MiB')
     """
-    Budget.parse(text, _ANY_SHAPE)  # refuses what is no budget before anything is measured
+    _, beyond = split_floor(text)
+    if beyond is not None:
+        Budget.parse(beyond, _ANY_SHAPE)  # refuses what is no budget before anything is measured
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(text))
     if match is None:
         return str(text).strip()

@@ -36,7 +36,7 @@ from kvprism.evaluate.measure import Case, LoadedModel, check_fits, continue_on,
 from kvprism.evaluate.needle import case_of
 from kvprism.evaluate.rows import provenance
 from kvprism.integrations.hf import capture
-from kvprism.policies import DEFAULT_OPTIONS, PlanOptions, plan
+from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile, Verdict
 from kvprism.tensors import KeyConditioning, LayerView, RequestKV
 
@@ -182,7 +182,7 @@ class _Run:
 
 
 class _Arm(msgspec.Struct, frozen=True):
-    """A policy as the probe sends it; `policies.plan` says what the fields mean."""
+    """A policy as the probe sends it; `planning.plan` says what the fields mean."""
 
     policy: str
     budget: float | None = BUDGET

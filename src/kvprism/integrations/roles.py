@@ -14,8 +14,8 @@ from kvprism.core import ITEMSIZE, Capability
 from kvprism.errors import BadInput, PositionMismatch, UnknownName
 from kvprism.integrations import hf
 from kvprism.pipeline import Receiver, Sender
+from kvprism.planning import PlanOptions, plan
 from kvprism.plans import Plan
-from kvprism.policies import PlanOptions, plan
 from kvprism.profiles import Profile
 from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 

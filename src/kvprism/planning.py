@@ -1,0 +1,395 @@
+"""A captured prompt, a policy and a budget -> an exact plan."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvprism.codec.reference import Conditioned, quantisable
+from kvprism.core import KEYS, MENUS, ONE_WIDTH_MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.errors import BadInput, ProfileMismatch, Unsupported
+from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
+from kvprism.evictions import eviction_problem, protected
+from kvprism.layout import Split, split_of
+from kvprism.plans import Plan
+from kvprism.policies import POLICIES, Policy
+from kvprism.profiles import LayerSetting, Profile, conditioning_for
+from kvprism.registry import Registry
+from kvprism.score import DECAY, SCORERS, check_decay, ranking
+from kvprism.solve import (
+    TWO_TIER,
+    Pinned,
+    TokenProblem,
+    nominal_fraction,
+    smallest_layers,
+    smallest_prompt,
+    solve_layers,
+    solve_nominal,
+    solve_prompt,
+)
+from kvprism.tensors import KeyConditioning, LayerView
+
+_FLOOR = re.compile(r"\s*floor\s*(?:\+(.+))?")
+
+CODECS = Registry("codec", list(MENUS.items()))
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The settings of a plan beside policy and budget.
+
+    importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
+    end; seed: for the random orders; codec: `nested` (ours), `conditioned` (the same with the
+    profile's key conditioning), `published` (the papers' code), or what others have: `affine`,
+    `hadamard`, `grouped`; split: how the stream is cut, by default as `layout.split_of` says.
+
+    Raises:
+        UnknownName: no such importance or codec.
+        BadInput: a negative seed or decay.
+    """
+
+    importance: str = "attention"
+    decay: float = DECAY
+    seed: int = 0
+    codec: str = "nested"
+    split: Split | None = None
+
+    def __post_init__(self) -> None:
+        SCORERS[self.importance], CODECS[self.codec]
+        check_decay(self.decay)
+        if self.seed < 0:
+            raise BadInput(f"a seed must not be negative, got {self.seed}")
+
+    @property
+    def menu(self) -> tuple[Tier, ...]:
+        return CODECS[self.codec]
+
+
+DEFAULT_OPTIONS = PlanOptions()
+
+
+def plan(
+    view: Sequence[LayerView],
+    policy: str = "spectrum",
+    budget: str | float | Budget | None = None,
+    *,
+    nominal: bool = False,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    capability: Capability | None = None,
+    profile: Profile | None = None,
+) -> Plan:
+    """Decide the tier of every token of a captured prompt.
+
+    view: one `LayerView` per layer; budget: `0.30`, `"30%"`, `"512MiB"`, `"512tok"`, a cap on *all*
+    wire bytes (none for the fixed-rate policies); `"floor"` is the smallest plan that the policy
+    has for this prompt, `"floor+0.04"` so much of 16 bits more; nominal: read the fraction as the
+    paper's payload-only budget instead.
+
+    A policy that gives a token one tier in all layers does so for the layers that hold the same
+    tokens: layers with a sliding window are ranked by the mean over themselves, the others by the
+    mean over the others, and all follow one curve at one b.
+
+    `spectrum-adaptive` follows the settings of the profile's probe. With a `conditioned` layer
+    among them the request is in the conditioned code, and since a request has one quantised code, a
+    `plain` layer for which the profile has a conditioning is conditioned too. A `no-int4` layer
+    follows the 2-tier curve at the same nominal b, so that below b = 0.5 it drops tokens that the
+    other layers keep.
+
+    Eviction policies rank and choose in every layer by itself: by head where the receiver's
+    capability is `per_head`, else the same tokens in all heads, by the mean of their scores.
+
+    Raises:
+        UnknownName: no such policy.
+        BudgetTooSmall: nothing legal fits; carries the minimum.
+        MissingSignal: importance `attention` without captured queries, or an eviction policy
+            without what `signals_of` names.
+        Unsupported: the receiver's capability rules the policy out.
+        ProfileMismatch: the profile does not have what the policy or the codec needs.
+        BadInput: a budgeted policy without a budget, a profile of another number of layers, or the
+            published codec for a policy that conditions.
+    """
+    shape = KVShape(tuple(layer.kv.shape() for layer in view))
+    row, code = POLICIES[policy], code_of(shape, policy, options, profile)
+    menu = code.menu
+    capability = capability or Capability()
+    missing = [tier.codec for tier in menu if tier.codec not in capability.codecs]
+    if missing:
+        raise Unsupported(
+            f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
+            f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
+        )
+    if row.eviction is not None:
+        cut = options.split or split_of(shape)
+        problem = eviction_problem(policy, shape, view, menu, cut, capability)
+        planned = _evict(problem, shape, budget, nominal)
+    elif nominal and row.budgeted:
+        problems = _problems(policy, shape, view, options, code)
+        planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
+    else:
+        problems = _problems(policy, shape, view, options, code)
+        planned = _solve(policy, problems, shape, budget, profile)
+    for layer in planned.layers:
+        layer.check_drops(menu, capability)
+    return planned
+
+
+def plan_shape(
+    shape: KVShape,
+    policy: str,
+    budget: str | None,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    profile: Profile | None = None,
+) -> Plan:
+    """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
+
+    Layers share uniformly where an eviction policy's shares follow the data; that moves padding.
+    Without a profile `spectrum-adaptive` has the sizes of `spectrum`.
+
+    Raises:
+        UnknownName, BudgetTooSmall, Unsupported, ProfileMismatch, BadInput: as `plan`.
+    """
+    if POLICIES[policy].eviction is not None:
+        return _evict(_dry_eviction(shape, policy, options), shape, budget, nominal=False)
+    problems = _dry_problems(shape, policy, options, profile)
+    return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, profile)
+
+
+def smallest_nbytes(
+    shape: KVShape,
+    policy: str,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    profile: Profile | None = None,
+) -> int:
+    """The smallest budget in bytes that the policy can do with."""
+    if POLICIES[policy].eviction is not None:
+        return _dry_eviction(shape, policy, options).plan(0).nbytes
+    problems = _dry_problems(shape, policy, options, profile)
+    if POLICIES[policy].tempo == "per_layer":
+        return smallest_layers(problems, shape, layer_shares(shape, profile))
+    return smallest_prompt(problems, shape)
+
+
+def _dry_eviction(shape: KVShape, policy: str, options: PlanOptions) -> EvictionProblem:
+    cut = options.split or split_of(shape)
+    return eviction_problem(policy, shape, (), options.menu, cut, Capability())
+
+
+def _evict(
+    problem: EvictionProblem, shape: KVShape, budget: str | float | Budget | None, nominal: bool
+) -> Plan:
+    if nominal:
+        return solve_nominal_eviction(problem, nominal_fraction(budget))
+    given = _given(problem.policy, budget)
+    return solve_eviction(problem, _limit(given, shape, lambda: problem.plan(0).nbytes))
+
+
+def _given(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
+    if budget is None:
+        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
+    return budget
+
+
+def split_floor(budget: str | float | Budget) -> tuple[bool, str | float | Budget | None]:
+    """Whether a budget counts from the policy's smallest plan, and what it says beyond that.
+
+    Example:
+        >>> split_floor("floor+0.04"), split_floor("floor"), split_floor(0.3)
+        ((True, '0.04'), (True, None), (False, 0.3))
+    """
+    match = _FLOOR.fullmatch(budget) if isinstance(budget, str) else None
+    return (False, budget) if match is None else (True, match[1])
+
+
+def _limit(given: str | float | Budget, shape: KVShape, smallest: Callable[[], int]) -> Budget:
+    """The budget in bytes; smallest: of the policy's plans, where the budget counts from it."""
+    from_floor, beyond = split_floor(given)
+    more = 0 if beyond is None else Budget.parse(beyond, shape).nbytes
+    return Budget(more + (smallest() if from_floor else 0))
+
+
+def _dry_problems(
+    shape: KVShape, policy: str, options: PlanOptions, profile: Profile | None
+) -> list[TokenProblem]:
+    if profile is None:
+        code = Code(_menu(policy, options, conditioned=False))
+    else:
+        code = code_of(shape, policy, options, profile)
+    return _problems(policy, shape, (), options, code)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a policy makes of a profile: the menu, the conditioned layers, those without INT4.
+
+    conditioning: layer id -> its key conditioning; no_int4: layer ids.
+    """
+
+    menu: tuple[Tier, ...]
+    conditioning: Mapping[int, KeyConditioning] = field(default_factory=dict)
+    no_int4: frozenset[int] = frozenset()
+
+
+def code_of(shape: KVShape, policy: str, options: PlanOptions, profile: Profile | None) -> Code:
+    """The menu and the layers' settings; asks for no prompt, so that errors come early.
+
+    Raises:
+        ProfileMismatch: no profile, or not one that has what the policy or the codec needs.
+        BadInput: the published codec for a policy that conditions.
+    """
+    settings = _settings(shape, policy, profile)
+    menu = _menu(policy, options, "conditioned" in settings.values())
+    no_int4 = frozenset(layer for layer, setting in settings.items() if setting == "no-int4")
+    return Code(menu, conditioning_for(shape, menu, profile), no_int4)
+
+
+def _menu(policy: str, options: PlanOptions, conditioned: bool) -> tuple[Tier, ...]:
+    row = POLICIES[policy]
+    if row.code is not None:
+        if options.codec != DEFAULT_OPTIONS.codec:
+            raise BadInput(
+                f"policy {policy!r} is about the code {row.code!r}, got codec {options.codec!r}; "
+                "leave the codec out"
+            )
+        return (MENUS | ONE_WIDTH_MENUS)[row.code]
+    remedy = row.remedy
+    if remedy != "none" and options.codec not in ("nested", "conditioned"):
+        raise BadInput(
+            f"policy {policy!r} chooses between the codecs nested and conditioned, got "
+            f"{options.codec!r}; leave the codec out"
+        )
+    if remedy == "conditioned" or conditioned:
+        return CODECS["conditioned"]
+    return options.menu
+
+
+def _settings(shape: KVShape, policy: str, profile: Profile | None) -> dict[int, LayerSetting]:
+    """Layer id -> what the probe set it to, for a policy that follows the probe."""
+    if POLICIES[policy].remedy != "adaptive":
+        return {}
+    found = None if profile is None or profile.probe is None else profile.probe.settings
+    if found is None or len(found) != len(shape.layers):
+        what = "none" if found is None else f"for {len(found)} layers"
+        raise ProfileMismatch(
+            f"policy {policy!r} follows a probe's settings for {len(shape.layers)} layers, got "
+            f"{what}; make a profile with kvprism probe and give it to both sides"
+        )
+    return {layer.layer_id: its for layer, its in zip(shape.layers, found, strict=True)}
+
+
+def layer_shares(shape: KVShape, profile: Profile | None) -> tuple[float, ...]:
+    """Each layer's share of the budget: the profile's, else in proportion to its bytes."""
+    if profile is not None and profile.layer_shares is not None:
+        return profile.layer_shares
+    return tuple(float(layer.reference_nbytes) for layer in shape.layers)
+
+
+def _solve(
+    policy: str,
+    problems: Sequence[TokenProblem],
+    shape: KVShape,
+    budget: str | float | Budget | None,
+    profile: Profile | None,
+) -> Plan:
+    row = POLICIES[policy]
+    if budget is None and not row.budgeted:
+        return solve_prompt(problems, shape, None)
+    given, shares = _given(policy, budget), layer_shares(shape, profile)
+    if row.tempo == "per_layer":
+        limit = _limit(given, shape, lambda: smallest_layers(problems, shape, shares))
+        return solve_layers(problems, shape, limit, shares)
+    return solve_prompt(
+        problems, shape, _limit(given, shape, lambda: smallest_prompt(problems, shape))
+    )
+
+
+def _solve_nominal(row: Policy, problems: Sequence[TokenProblem], shape: KVShape, b: float) -> Plan:
+    if row.tempo == "whole_prompt":
+        return solve_nominal(problems, shape, b)
+    alone = [
+        solve_nominal([problem], KVShape((layer,)), b)
+        for problem, layer in zip(problems, shape.layers, strict=True)
+    ]
+    return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
+
+
+def _problems(
+    policy: str,
+    shape: KVShape,
+    view: Sequence[LayerView],
+    options: PlanOptions,
+    code: Code,
+) -> list[TokenProblem]:
+    """One problem for each token range, or for each layer; without a view it is a dry run."""
+    split = options.split or split_of(shape)
+    if POLICIES[policy].tempo == "per_layer":
+        groups = [[layer] for layer in shape.layers]
+    else:
+        groups = [
+            [layer for layer in shape.layers if layer.token_range == tokens]
+            for tokens in shape.token_ranges
+        ]
+    views = {layer.kv.layer_id: layer for layer in view}
+    problems = [
+        _problem(policy, group[0], [views[la.layer_id] for la in group if view], options, code)
+        for group in groups
+    ]
+    problems = [replace(problem, split=split) for problem in problems]
+    return _without_int4(problems, shape, code) if code.no_int4 else problems
+
+
+def _without_int4(
+    problems: Sequence[TokenProblem], shape: KVShape, code: Code
+) -> list[TokenProblem]:
+    """One problem per layer: that of its token range, on the 2-tier curve where INT4 is off."""
+    plain = dict(zip(shape.token_ranges, problems, strict=True))
+    strict = {tokens: replace(problem, family=TWO_TIER) for tokens, problem in plain.items()}
+    return [
+        (strict if layer.layer_id in code.no_int4 else plain)[layer.token_range]
+        for layer in shape.layers
+    ]
+
+
+def _problem(
+    policy: str, layer: LayerShape, view: Sequence[LayerView], options: PlanOptions, code: Code
+) -> TokenProblem:
+    row = POLICIES[policy]
+    order = _order(row, layer.n_tokens, view, options)
+    native = np.flatnonzero(protected(row.sinks, row.recent, layer))
+    return TokenProblem(
+        policy=policy,
+        family=row.family,
+        order=order[~np.isin(order, native)],
+        protected=native,
+        menu=code.menu,
+        pinned=_pinned(view, code),
+    )
+
+
+def _order(
+    row: Policy, n: int, view: Sequence[LayerView], options: PlanOptions
+) -> NDArray[np.intp]:
+    """Token indices, most important first."""
+    recency = np.arange(n)[::-1]
+    if row.order == "random":
+        return np.random.default_rng(options.seed).permutation(n)
+    if row.order == "ends":
+        return np.argsort(np.minimum(recency, recency[::-1]), kind="stable")
+    if row.order == "recency" or not row.budgeted or not view:
+        return recency
+    ranks = ranking(view, options.importance, options.decay)
+    return np.argsort(-ranks.cpu().numpy(), kind="stable")
+
+
+def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:
+    """Rows that no quantised tier can hold, so that the plan keeps them native."""
+    pinned: dict[int, dict[str, NDArray[np.bool_]]] = {}
+    for layer in view:
+        given = code.conditioning.get(layer.kv.layer_id)
+        keys = None if given is None else Conditioned(given, layer.kv.positions.cpu())
+        for name, x in layer.kv.components.items():
+            fits = quantisable(x, code.menu, keys if name == KEYS else None)
+            if not fits.all():
+                pinned.setdefault(layer.kv.layer_id, {})[name] = ~fits
+    return pinned
