@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from synthetic import ARMS, KL, Synthetic
 
 from kvprism.errors import BadInput
+from kvprism.evaluate.arms import arms_of
 from kvprism.evaluate.records import CellKey, Record, Records, collect
 from kvprism.evaluate.rows import Row
 from kvprism.evaluate.stats import holm
@@ -135,6 +136,13 @@ def test_raw_is_its_own_baseline(rows: list[Row]) -> None:
     for row in rows:
         if row.policy == "raw":
             assert (row.delta, row.ci_low, row.ci_high) == (0.0, 0.0, 0.0)
+
+
+def test_arms_in_other_codes_have_the_runs_raw_arm_as_their_baseline(rows: list[Row]) -> None:
+    mixed = rows_of(collect(Synthetic(arms=arms_of(["spectrum:hadamard"], ["0.3"]))))
+    got, same = one(mixed, "spectrum", "kl_mean", 0.3), one(rows, "spectrum", "kl_mean", 0.3)
+    assert got.codec == "hadamard" and same.codec == "nested"
+    assert (got.baseline, got.delta, got.ci_low) == (same.baseline, same.delta, same.ci_low)
 
 
 def test_perplexity_deltas_are_relative_and_the_others_are_not(rows: list[Row]) -> None:

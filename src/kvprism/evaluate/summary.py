@@ -163,8 +163,9 @@ class Cell:
         return f"{len(reasons)} of {self.n} documents: {reasons[0]}" if reasons else None
 
     def baseline(self, arm: ArmKey) -> ArmKey:
-        """The raw arm with the same settings."""
-        return arm._replace(policy=RAW, budget=None)
+        """The raw arm: with the same settings, or the run's, since no setting changes it."""
+        same = arm._replace(policy=RAW, budget=None)
+        return same if same in self.arms else next(a for a in self.arms if a.policy == RAW)
 
     def not_ranked(self, raw: ArmKey) -> str | None:
         """Why a cell of questions ranks nothing: too few cases, or a task that raw itself fails."""
