@@ -126,7 +126,7 @@ def test_the_smallest_budget_of_a_plan_is_feasible_and_one_byte_less_is_not(
         (["--policy", "int8"], "budget too small for policy 'int8'"),
         (["--link", "fast"], "link 'fast' is not a speed such as"),
         (["--link", "0Gbps"], "link '0Gbps' is not a speed such as"),
-        (["--tokens", "5000"], "5000 tokens: this model takes 1 to 4096"),
+        (["--tokens", "5000"], "5000 tokens: this model takes 1 to 4352"),
     ],
 )
 def test_bad_input_of_plan_is_one_line(run: Run, arguments: list[str], said: str) -> None:

@@ -100,7 +100,7 @@ def test_it_writes_the_page_and_tables_that_fit_a_terminal(folder: Path) -> None
     ("arguments", "said"),
     [
         (["--context", 20], "length 20 holds no text beside 4 needles"),
-        (["--context", 5000], "context 5000: tiny takes at most 3968 here"),
+        (["--context", 5000], "context 5000: tiny takes at most 4224 here"),
         (["--model", "none-such"], "unknown model 'none-such'"),
     ],
 )

@@ -185,7 +185,7 @@ def test_ruler_with_the_question_known_says_so(run: Run, tmp_path: Path) -> None
         (["--task", "sorting"], "unknown ruler task 'sorting'; known: needle, multi-key"),
         (["--length", "1k"], "--length takes whole numbers such as 1024,2048, got '1k'"),
         (["--length", "20"], "length 20 holds no text"),
-        (["--length", "9000"], "the model has 4096"),
+        (["--length", "9000"], "the model has 4352"),
         (["--query-aware", "--importance", "norm"], "no question changes importance ['norm']"),
         (["--haystack", "no-such-file"], "cannot read no-such-file"),
     ],
@@ -229,7 +229,7 @@ def test_a_text_that_is_none_is_refused(run: Run, tmp_path: Path) -> None:
         (["--length", "1k"], "--length takes whole numbers such as 1024,2048, got '1k'"),
         (["--distractors", "few"], "--distractors takes whole numbers"),
         (["--length", "20"], "length 20 holds no text"),
-        (["--length", "9000"], "the model has 4096"),
+        (["--length", "9000"], "the model has 4352"),
     ],
 )
 def test_bad_settings_of_needle_are_one_line(run: Run, arguments: list[str], said: str) -> None:

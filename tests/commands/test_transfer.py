@@ -219,7 +219,7 @@ def test_prompts_that_do_not_fit_are_refused(
     for file, said in [
         (tmp_path / "empty", "has 0 tokens, at least 2 are needed"),
         (tmp_path / "binary", "as UTF-8 text"),
-        (text, "tiny takes at most 96 before 4000 new ones; --tokens takes the first ones"),
+        (text, "tiny takes at most 352 before 4000 new ones; --tokens takes the first ones"),
     ]:
         result = run("decode", "--file", file, *arguments)
         assert result.exit_code == 2

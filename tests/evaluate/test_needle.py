@@ -80,8 +80,8 @@ def test_a_haystack_that_is_too_short_is_refused_at_once(
 
 
 def test_a_length_beyond_the_models_positions_is_refused_at_once(subject: LoadedModel) -> None:
-    with pytest.raises(BadInput, match=r"4096 context tokens and .* the model has 4096"):
-        Needle(subject, RAW, lengths=(256, 4096))
+    with pytest.raises(BadInput, match=r"4352 context tokens and .* the model has 4352"):
+        Needle(subject, RAW, lengths=(256, 4352))
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_haystack_of_ones_own(subject: LoadedModel, text_file: Path) -> None:
         ({"subtasks": ()}, "at least one task is needed"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"lengths": (100,)}, "length 100 holds no text beside 1 needles; at least"),
-        ({"lengths": (4090,)}, "the model has 4096"),
+        ({"lengths": (4346,)}, "the model has 4352"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(

@@ -13,13 +13,13 @@ from kvprism.score import attention_logits
 from kvprism.tensors import LayerKV, LayerView
 
 # Relative L2 error of a layer's attention output when all of it is INT4. INT4 values alone make
-# 0.10. Measured on the two built-in models, layer by layer: 0.10 to 0.16 untouched, 0.56 to 1.28
+# 0.10. Measured on two models, layer by layer: 0.10 to 0.16 untouched, 0.56 to 1.28
 # where a planted defect makes the needles fail; 0.30 is the geometric middle of 0.16 and 0.56, and
 # three times what the values alone make.
 ATTENTION_LIMIT = 0.30
 # Mean magnitude of a key channel over that of the head's median channel. A row's INT4 step is
 # absmax / 7.4: from a ratio of about 8 on, one step is more than all that a median channel holds.
-# The built-in models have 1.4 to 3.0, their planted defects 12 and more.
+# Two models trained here have 1.4 to 3.0, their planted defects 12 and more.
 OUTLIER_RATIO = 8.0
 
 
