@@ -19,13 +19,20 @@ from dataclasses import dataclass
 import torch
 
 from kvprism.codec.condition import hadamard
-from kvprism.codec.planes import pack_nibbles, read, round_up, unpack_nibbles, write
+from kvprism.codec.planes import (
+    FLOAT16_MAX,
+    inverse_of,
+    pack_nibbles,
+    read,
+    round_up,
+    unpack_nibbles,
+    write,
+)
 from kvprism.core import AFFINE_CODEC, GROUPED_CODEC, HADAMARD_CODEC, KIVI_CODEC
 from kvprism.errors import CodecError
 from kvprism.layout import Plane, Scales, scales_of
 
 CODECS = (AFFINE_CODEC, HADAMARD_CODEC, GROUPED_CODEC, KIVI_CODEC)
-FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Affine:
         groups, levels = self._grouped(rows, per_head), self._grouped(_levels(bits, rows), per_head)
         low = -round_up(-groups.amin(dim=-1)).float()
         scale = round_up((groups.amax(dim=-1) - low) / levels[..., 0])
-        inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+        inverse = inverse_of(scale)
         codes = torch.round((groups - low[..., None]) * inverse[..., None])
         codes = self._ungrouped(codes.minimum(levels), per_head, rows).to(torch.uint8)
         write(planes[Plane.SCALE], torch.stack([scale, low.half()], dim=-1))

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kvprism.codec.planes import read, read_scales, round_up, write
+from kvprism.codec.planes import FLOAT16_MAX, inverse_of, read, read_scales, round_up, write
 from kvprism.layout import Plane
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-FLOAT16_MAX = 65504.0
 
 
 class Fp8:
@@ -34,7 +33,7 @@ class Fp8:
     ) -> None:
         """Write the scale and byte planes."""
         scale = round_up(rows.abs().amax(dim=-1) / LARGEST)
-        inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+        inverse = inverse_of(scale)
         write(planes[Plane.SCALE], scale)
         write(planes[Plane.BYTE], (rows * inverse[:, None]).to(E4M3))
 

@@ -8,6 +8,7 @@ import torch
 from kvprism.errors import CodecError
 from kvprism.layout import Plane
 
+FLOAT16_MAX = 65504.0
 UNSOUND_SCALE = "a scale is negative or not finite: the planes were not made by this codec"
 
 
@@ -40,6 +41,11 @@ def round_up(x: torch.Tensor) -> torch.Tensor:
     step = torch.where(nearest >= 0, 1, -1).to(torch.int16)
     above = (nearest.view(torch.int16) + step).view(torch.float16)
     return torch.where(nearest.float() < x, above, nearest)
+
+
+def inverse_of(scale: torch.Tensor) -> torch.Tensor:
+    """float16 scales -> float32(1) / scale, 0 for a scale of 0."""
+    return torch.where(scale > 0, 1.0 / scale.float(), 0.0)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

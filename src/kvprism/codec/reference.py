@@ -24,7 +24,16 @@ from kvprism.codec import affine
 from kvprism.codec.affine import Affine
 from kvprism.codec.condition import condition, restore
 from kvprism.codec.fp8 import Fp8
-from kvprism.codec.planes import pack_nibbles, read, read_scales, round_up, unpack_nibbles, write
+from kvprism.codec.planes import (
+    FLOAT16_MAX,
+    inverse_of,
+    pack_nibbles,
+    read,
+    read_scales,
+    round_up,
+    unpack_nibbles,
+    write,
+)
 from kvprism.core import ABSMAX_CODEC, DROP_CODEC, FP8_CODEC, KEYS, NATIVE_CODEC, Tier
 from kvprism.errors import CodecError
 from kvprism.layout import Plane, TierArray, rows_in
@@ -32,7 +41,6 @@ from kvprism.tensors import KeyConditioning
 
 NESTED_LEVELS = 119
 ABSMAX_LEVELS = {8: 127, 4: 7}
-FLOAT16_MAX = 65504.0
 _ANCHOR_SHIFT, _RESIDUAL_MASK, _BIAS = 4, 15, 8
 
 
@@ -217,7 +225,7 @@ def nested_scale(absmax: torch.Tensor) -> torch.Tensor:
 
 def nested_codes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """float32 rows and their float16 scales -> integer codes in [-119, 119]."""
-    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    inverse = inverse_of(scale)
     return torch.round(x * inverse[:, None]).to(torch.int16)
 
 
@@ -246,7 +254,7 @@ def _encode_absmax(x: torch.Tensor, bits: torch.Tensor, planes: Mapping[Plane, m
     scale = (x.abs().amax(dim=-1) / levels).to(torch.float16)
     # A float16 scale rounded to zero would lose a non-zero row: the smallest positive one keeps it.
     scale = torch.where((scale == 0) & (x != 0).any(dim=-1), 2.0**-24, scale.float()).half()
-    inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+    inverse = inverse_of(scale)
     codes = torch.round(x * inverse[:, None]).clamp(-levels[:, None], levels[:, None])
     codes = codes.to(torch.int8)
     write(planes[Plane.SCALE], scale)
