@@ -77,7 +77,7 @@ def build(recipe: Recipe, seed: int) -> Any:
                     parameter.fill_(-1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
-    if recipe.start is not None:
+    if isinstance(recipe.start, str):
         _take_weights(model, recipe.start)
     return model.train()
 

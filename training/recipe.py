@@ -59,7 +59,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     vocabulary: Count
     model: dict[str, Any]
     optimizer: Optimizer
-    start: str | None = None
+    # Unset, not null: a run of a recipe without it keeps its digest.
+    start: str | msgspec.UnsetType = msgspec.UNSET
     stages: Annotated[tuple[Stage, ...], msgspec.Meta(min_length=1)]
 
     @classmethod
