@@ -269,3 +269,20 @@ def test_cells_that_cannot_rank_say_so(n_documents: int, raw_exact: float, why: 
 def test_a_policy_that_was_not_measured_is_refused(records: Records) -> None:
     with pytest.raises(BadInput, match=f"'pdtrim' was not measured; measured: {', '.join(KL)}"):
         compare(records, "spectrum", ["pdtrim"])
+
+
+def test_arms_of_another_code_are_named_with_it() -> None:
+    found = collect(Synthetic())
+    moved = [
+        replace(r, arm=r.arm._replace(codec="hadamard")) if r.arm.policy == "random-tiers" else r
+        for r in found.records
+    ]
+    mixed = Records(found.header, moved)
+    plain, named = (
+        [c for c in compare(records, "spectrum", [versus]) if c.metric == "kl_mean"]
+        for records, versus in ((found, "random-tiers"), (mixed, "random-tiers:hadamard"))
+    )
+    assert [c.delta for c in plain] == [c.delta for c in named]
+    assert {(c.codec, c.versus_codec) for c in named} == {("nested", "hadamard")}
+    with pytest.raises(BadInput, match="'random-tiers' was not measured"):
+        compare(mixed, "spectrum", ["random-tiers"])

@@ -183,7 +183,8 @@ def compare(
     records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
     policy: PolicyName = "spectrum",
     versus: Annotated[
-        str, typer.Option("--versus", help="Policies to compare with, with commas between them.")
+        str,
+        typer.Option("--versus", help="Policies to compare with; policy:codec in another code."),
     ] = "random-tiers,int4",
     json: Json = None,
 ) -> None:

@@ -154,8 +154,11 @@ def _line(arm: list[Row]) -> list[str]:
 
 def _name(row: Row) -> str:
     budget = "" if row.budget is None else f" {row.budget}"
-    codec = "" if row.codec == "nested" else f" ({row.codec})"
-    return f"{row.policy}{budget}{codec}"
+    return f"{row.policy}{budget}{_code(row.codec)}"
+
+
+def _code(codec: str) -> str:
+    return "" if codec == "nested" else f" ({codec})"
 
 
 def _figure(row: Row) -> str:
@@ -176,8 +179,8 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
         parts = [name for name, _ in _parts(first)]
         columns = ["at", "from", "of 16-bit", *parts, "n", "difference", "95 % interval", "Holm p"]
         title = (
-            f"{first.task}{_protocol(first)}, {HEADINGS[first.metric].text}: {first.policy} "
-            "against others, paired by document"
+            f"{first.task}{_protocol(first)}, {HEADINGS[first.metric].text}: "
+            f"{first.policy}{_code(first.codec)} against others, paired by document"
         )
         measured = [comparison for comparison in group if comparison.delta is not None]
         console.table(title, [*columns, "verdict"], map(_comparison_line, measured))
@@ -214,7 +217,8 @@ def _comparison_line(c: Comparison) -> list[str]:
 
 
 def _versus(c: Comparison) -> str:
-    return c.versus if c.versus_budget is None else f"{c.versus} {c.versus_budget}"
+    budget = "" if c.versus_budget is None else f" {c.versus_budget}"
+    return f"{c.versus}{budget}{_code(c.versus_codec)}"
 
 
 def _verdict(c: Comparison) -> str:

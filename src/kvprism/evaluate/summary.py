@@ -104,6 +104,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     versus: str
     versus_budget: float | str | None
     codec: str
+    versus_codec: str
     importance: str
     length: int
     distractors: int | None
@@ -291,6 +292,7 @@ def _sizes(outcomes: list[Outcome] | None) -> dict[str, Any]:
 def compare(records: Records, policy: str, versus: Sequence[str]) -> list[Comparison]:
     """Paired differences of `policy` and each of `versus`, for every cell, budget and metric.
 
+    policy, versus: names, each with `:codec` behind it if the arm's code is not that of the run.
     Two budgeted policies meet at equal budgets; a fixed-rate one, at its own bytes, meets every
     budget of the other.
 
@@ -310,19 +312,29 @@ def compare(records: Records, policy: str, versus: Sequence[str]) -> list[Compar
 
 
 def _check_measured(cells: Sequence[Cell], policies: Sequence[str]) -> None:
-    measured = list(dict.fromkeys(arm.policy for cell in cells for arm in cell.arms))
+    arms = [arm for cell in cells for arm in cell.arms]
+    own = next(arm.codec for arm in arms if arm.policy == RAW)
+    measured = dict.fromkeys(
+        arm.policy if arm.codec == own else f"{arm.policy}:{arm.codec}" for arm in arms
+    )
     for policy in policies:
-        if policy not in measured:
+        if not any(_named(cell, policy) for cell in cells):
             raise BadInput(f"policy {policy!r} was not measured; measured: {', '.join(measured)}")
+
+
+def _named(cell: Cell, name: str) -> list[ArmKey]:
+    """The arms of `policy`, in the run's own code, or of `policy:codec`."""
+    policy, _, codec = name.partition(":")
+    codec = codec or next(arm.codec for arm in cell.arms if arm.policy == RAW)
+    return [arm for arm in cell.arms if (arm.policy, arm.codec) == (policy, codec)]
 
 
 def _pairs(cell: Cell, policy: str, versus: str) -> list[tuple[ArmKey, ArmKey]]:
     return [
         (arm, other)
-        for arm in cell.arms
-        for other in cell.arms
-        if (arm.policy, other.policy) == (policy, versus)
-        and arm[2:] == other[2:]
+        for arm in _named(cell, policy)
+        for other in _named(cell, versus)
+        if arm.importance == other.importance
         and (arm.budget == other.budget or None in (arm.budget, other.budget))
     ]
 
@@ -348,6 +360,7 @@ def _comparison(cell: Cell, arm: ArmKey, other: ArmKey, metric: Metric) -> Compa
         versus=other.policy,
         versus_budget=other.budget,
         codec=arm.codec,
+        versus_codec=other.codec,
         importance=arm.importance,
         length=cell.key.length,
         distractors=cell.key.distractors,
