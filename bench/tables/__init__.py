@@ -1,0 +1,1 @@
+"""Tables of published pages, made from the rows in `bench/`."""

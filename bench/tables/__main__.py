@@ -1,0 +1,44 @@
+"""Rows of results -> the tables of the pages that show them, between their markers.
+
+With `--check` it writes nothing and fails when a page does not show what was measured.
+"""
+
+import sys
+
+from bench.tables import models, quality
+from bench.tables.cells import ROOT
+
+SECTIONS = {
+    "README.md": {"summary": quality.summary},
+    "kvprism-tiny/README.md": {"gates": lambda: models.gates("tiny")},
+    "models/tiny-deep-candidate/README.md": {"gates": lambda: models.gates("tiny-deep")},
+    "docs/evidence.md": {
+        "provenance": quality.provenance,
+        "perplexity": quality.perplexity,
+        "needle": lambda: quality.needle(("needle-1024", "needle-2048")),
+        "kl": lambda: quality.comparisons("perplexity-compare", "kl_mean", 1e3),
+        "equivalence": lambda: quality.comparisons("needle-equal-compare", "exact_match", 100),
+    },
+}
+
+
+def main() -> None:
+    stale = []
+    for page, sections in SECTIONS.items():
+        path = ROOT / page
+        before = path.read_text()
+        after = before
+        for name, make in sections.items():
+            start, stop = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+            head, rest = after.split(start)
+            after = head + start + "\n".join(make()) + "\n" + stop + rest.split(stop)[1]
+        if after != before:
+            stale.append(page)
+            if "--check" not in sys.argv:
+                path.write_text(after)
+    if "--check" in sys.argv and stale:
+        sys.exit(f"{stale} differ from the results: run scripts/evidence-tables")
+
+
+if __name__ == "__main__":
+    main()
