@@ -177,6 +177,84 @@ def ruler(
 
 
 @app.command(
+    epilog="Example: kvprism eval longbench --model ./Llama-3.1-8B-Instruct --chat "
+    "--data THUDM/LongBench --policy snapkv,cake --budget 512tok --query-aware --records lb.jsonl"
+)
+def longbench(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="Directory of the benchmark's .jsonl files, its data.zip, or the data set's name "
+            "on the hub, OWNER/NAME, which is then downloaded.",
+        ),
+    ],
+    model: Model = "tiny",
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", "--task", help="Tasks, with commas between them; all 21 if none."),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option("--documents", min=1, help="Only the first N rows of every task.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", min=2, help="Longer prompts lose their middle; as the model by default."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Use the model's chat template, where the benchmark does."),
+    ] = False,
+    policy: Policies = ALL_POLICIES,
+    budget: Budgets = "0.30,0.52",
+    query_aware: Annotated[
+        bool,
+        typer.Option(
+            "--query-aware", help="Send the question's cache too, as papers on eviction do."
+        ),
+    ] = False,
+    importance: Importance = "attention",
+    codec: Codec = "nested",
+    profile: ProfileFile = None,
+    cache_dtype: CacheDtype = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of weights and arithmetic; float32, bfloat16, float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="As torch calls it.")] = "cpu",
+    seed: Seed = 0,
+    records: Records = None,
+    json: Json = None,
+) -> None:
+    """LongBench's 21 tasks, answered on restored caches.
+
+    For every policy at every budget: the benchmark's own score of what was generated greedily, mean
+    KL to raw and flips on raw's answer, for every task and their average, with paired 95 %
+    intervals over rows.
+    """
+    with console.one_line_errors(json, records):
+        console.load("kvprism.commands.evaluate")
+        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_longbench
+
+        task = run_longbench(
+            model,
+            data,
+            tasks,
+            dtype,
+            device,
+            arms=parse_arms(policy, budget, importance, codec, seed, profile),
+            n_documents=documents,
+            max_length=max_length,
+            chat=chat,
+            seed=seed,
+            cache_dtype=cache_dtype,
+            query_aware=query_aware,
+        )
+        measure_and_show(task, records, json)
+
+
+@app.command(
     epilog="Example: kvprism eval compare needle.jsonl --policy spectrum --versus random-tiers,int4"
 )
 def compare(

@@ -9,6 +9,9 @@ import msgspec
 
 from kvprism.commands import console
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
+from kvprism.evaluate.longbench import LongBench
+from kvprism.evaluate.longbench_data import TASKS as LONGBENCH
+from kvprism.evaluate.longbench_data import read_task
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.perplexity import Perplexity
@@ -50,8 +53,9 @@ HEADINGS = {
     "digit_nll": Heading("digit NLL"),
     "answers_right": Heading("answers right %", 100, 100),
     "answer_nll": Heading("answer NLL"),
+    "score": Heading("score", 100, 100),
 }
-HIGHER_IS_BETTER = {"exact_match", "answers_right"}
+HIGHER_IS_BETTER = {"exact_match", "answers_right", "score"}
 SIGNIFICANT = 0.05
 
 
@@ -95,8 +99,18 @@ def run_ruler(model: str, tasks: str | None, **settings: Any) -> Ruler:
     return Ruler(_loaded(model, settings["arms"]), subtasks=names, **settings)
 
 
-def _loaded(name: str, arms: Sequence[Arm]) -> LoadedModel:
-    """The model, once its arms have what they need of the profile.
+def run_longbench(
+    model: str, data: str, tasks: str | None, dtype: str, device: str, **settings: Any
+) -> LongBench:
+    """The task that `kvprism eval longbench` asks for; tasks: names with commas between them."""
+    names = list(LONGBENCH) if tasks is None else [name.strip() for name in tasks.split(",")]
+    read_task(data, names[0])  # data that is not there is found before the model is loaded
+    subject = _loaded(model, settings["arms"], dtype=dtype, device=device)
+    return LongBench(subject, data=data, tasks=names, **settings)
+
+
+def _loaded(name: str, arms: Sequence[Arm], **placed: str) -> LoadedModel:
+    """The model, once its arms have what they need of the profile; placed: as `LoadedModel.load`.
 
     Raises:
         ProfileMismatch: a profile of another model, or one that lacks what an arm needs.
@@ -105,7 +119,7 @@ def _loaded(name: str, arms: Sequence[Arm]) -> LoadedModel:
         shape = shape_of(load_config(name), 1)
         for arm in arms:
             code_of(shape, arm.policy, arm.options, arm.profile)
-        subject = LoadedModel.load(name)
+        subject = LoadedModel.load(name, **placed)
     for profile in {arm.profile for arm in arms if arm.profile is not None}:
         profile.check(bytes.fromhex(subject.fingerprint))
     return subject
@@ -137,7 +151,8 @@ def show_rows(rows: Sequence[Row]) -> None:
 
 
 def _cell(figure: Row | Comparison) -> str:
-    cell = f"{figure.length} tokens"
+    # LongBench's prompts are as long as they are, and only the longest are cut.
+    cell = f"{'up to ' if figure.task == 'longbench' else ''}{figure.length} tokens"
     if figure.distractors is not None:
         cell += f", {figure.distractors} distractors"
     return cell if figure.subtask is None else f"{cell}, {figure.subtask}"
