@@ -18,6 +18,7 @@ from kvprism.evaluate.measure import (
     Case,
     LoadedModel,
     Outcome,
+    capture_for,
     continue_on,
     generate_on,
     known_dtype,
@@ -26,8 +27,6 @@ from kvprism.evaluate.measure import (
 )
 from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
-from kvprism.integrations.hf import capture
-from kvprism.policies import signals_of
 from kvprism.tensors import RequestKV
 
 CONTENT = "{content}"
@@ -199,12 +198,7 @@ class LongBench:
     ) -> Iterator[tuple[Arm, Outcome | BudgetTooSmall]]:
         """Capture once; for each arm send the cache through the wire, restore it, and answer."""
         model, (context, question) = self.subject.model, self.prompt(which)
-        kv, view = capture(
-            model,
-            context,
-            cache_dtype=known_dtype("cache dtype", self.cache_dtype),
-            signals=signals_of(arm.policy for arm in arms),
-        )
+        kv, view = capture_for(model, context, arms, self.cache_dtype)
         case: Case | None = None
         raw: torch.Tensor | None = None
         for arm in arms:

@@ -118,9 +118,7 @@ def measure(
     """
     assert arms[0].policy == RAW, arms
     check_fits(model, case)
-    dtype = known_dtype("cache dtype", cache_dtype)
-    signals = signals_of(arm.policy for arm in arms)
-    kv, view = capture(model, case.context, cache_dtype=dtype, signals=signals)
+    kv, view = capture_for(model, case.context, arms, cache_dtype)
     if query_aware:
         view = asked_about(model, case, view)
     raw: torch.Tensor | None = None
@@ -134,6 +132,15 @@ def measure(
         require_finite(logits, arm)
         raw = logits if raw is None else raw
         yield arm, outcome_of(plan, restored, case, raw, logits)
+
+
+def capture_for(
+    model: Any, context: torch.Tensor, arms: Sequence[Arm], cache_dtype: str
+) -> tuple[RequestKV, tuple[LayerView, ...]]:
+    """A context's cache, and what the arms' policies need of it; errors as `capture`."""
+    dtype = known_dtype("cache dtype", cache_dtype)
+    signals = signals_of(arm.policy for arm in arms)
+    return capture(model, context, cache_dtype=dtype, signals=signals)
 
 
 def known_dtype(what: str, name: str) -> torch.dtype:
