@@ -1,6 +1,6 @@
 """`kvprism eval`: run a task with progress, print one table a cell, write rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvprism.commands import console
+from kvprism.commands.options import EvaluationOptions
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
 from kvprism.evaluate.longbench import LongBench
 from kvprism.evaluate.longbench_data import TASKS as LONGBENCH
@@ -59,14 +60,7 @@ HIGHER_IS_BETTER = {"exact_match", "answers_right", "score"}
 SIGNIFICANT = 0.05
 
 
-def parse_arms(
-    policies: str,
-    budgets: str,
-    importance: str,
-    codec: str,
-    seed: int,
-    profile: Path | None = None,
-) -> tuple[Arm, ...]:
+def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
     """The arms that the command line names.
 
     Raises:
@@ -74,10 +68,10 @@ def parse_arms(
         BadInput: a budgeted policy and no budget, or a file that is no profile.
         ProfileMismatch: a profile that was edited, or of another version.
     """
-    options = PlanOptions(importance=importance, codec=codec, seed=seed)
-    saved = None if profile is None else SavedProfile.named(profile)
-    names = [name.strip() for name in policies.split(",") if name.strip()]
-    return arms_of(names, [b for b in budgets.split(",") if b.strip()], options, saved)
+    options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
+    saved = None if given.profile is None else SavedProfile.named(given.profile)
+    names = [name.strip() for name in given.policy.split(",") if name.strip()]
+    return arms_of(names, [b for b in given.budget.split(",") if b.strip()], options, saved)
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
@@ -125,14 +119,24 @@ def _loaded(name: str, arms: Sequence[Arm], **placed: str) -> LoadedModel:
     return subject
 
 
-def measure_and_show(task: Task, records: Path | None, json: Path | None) -> None:
-    """Measure what is missing, print a table per cell, and write the rows."""
+RUNS: dict[str, Callable[..., Task]] = {
+    "perplexity": run_perplexity,
+    "needle": run_needle,
+    "ruler": run_ruler,
+    "longbench": run_longbench,
+}
+
+
+def evaluate_and_show(name: str, settings: dict[str, Any], options: EvaluationOptions) -> None:
+    """Measure what is missing of the task `name`, print a table per cell, and write the rows."""
+    arms = parse_arms(options)
+    task = RUNS[name](arms=arms, seed=options.seed, cache_dtype=options.cache_dtype, **settings)
     with console.progress(f"{task.header.task} on {task.header.model}") as advance:
-        measured = collect(task, records, advance)
+        measured = collect(task, options.records, advance)
     rows = rows_of(measured)
     show_rows(rows)
-    if json is not None:
-        write_rows(json, rows)
+    if options.json is not None:
+        write_rows(options.json, rows)
 
 
 def show_rows(rows: Sequence[Row]) -> None:
