@@ -51,8 +51,8 @@ class LongBenchTask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def check(self, row: "LongBenchRow") -> None:
         """Raises `ValueError`, naming the field, for a row that this task cannot be scored on."""
-        if self.score == "classification" and not set(row.answers) <= set(row.all_classes or ()):
-            raise ValueError(f"`all_classes` lacks the answers {list(row.answers)}")
+        if self.score == "classification" and not row.all_classes:
+            raise ValueError("`all_classes` must name the classes")
         expected = ANSWERS.get(self.score)
         for answer in row.answers:
             if expected is not None and re.search(expected, answer) is None:
