@@ -40,6 +40,6 @@ $(STAMP): pyproject.toml $(TINY) scripts/requirements $(KERNELS)
 	@$(PIP) "$(TORCH)"
 	@echo "==> installing kvprism, kvprism-tiny and the test and lint tools"
 	@$(BIN)/python scripts/requirements test lint > .venv/requirements.txt
-	@$(PIP) "$(TORCH)" --editable '.[demo]' ./kvprism-tiny --requirement .venv/requirements.txt
+	@$(PIP) "$(TORCH)" --editable '.[demo,eval]' ./kvprism-tiny --requirement .venv/requirements.txt
 	@touch $@
 	@echo "==> set-up complete"

@@ -6,6 +6,7 @@ KVPrismError
         ShapeMismatch       two descriptions of the same cache disagree
         BudgetTooSmall      no legal plan fits; carries the minimum
     Unsupported             well formed, but not built (architecture, component, tier)
+    MissingExtra            an optional library is not installed; names what to install
     MissingSignal           a scorer needs something that the capture did not record
     ProfileMismatch         a profile made for another model or deployment
     PositionMismatch        a continuation that would not start at the true next position
@@ -59,6 +60,14 @@ class BudgetTooSmall(BadInput):
 
 class Unsupported(KVPrismError):
     """Well formed, but not built."""
+
+
+class MissingExtra(KVPrismError):
+    """`what` needs `library`, which is not installed; it comes with `extra`."""
+
+    def __init__(self, what: str, library: str, extra: str) -> None:
+        super().__init__(f"{what} needs {library}: pip install 'kvprism[{extra}]'")
+        self.what, self.library, self.extra = what, library, extra
 
 
 class MissingSignal(KVPrismError):

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+import longbench_rows
 import pytest
 
 from .conftest import Run, failure, read_json
@@ -192,6 +193,56 @@ def test_ruler_with_the_question_known_says_so(run: Run, tmp_path: Path) -> None
 )
 def test_bad_settings_of_ruler_are_one_line(run: Run, arguments: list[str], said: str) -> None:
     result = run(*RULER, *arguments)
+    assert result.exit_code == 2
+    assert said in failure(result)
+
+
+LONGBENCH = shlex.split(
+    "eval longbench --model tiny --tasks passage_count,lcc --max-length 200 --documents 1 "
+    "--policy int4"
+)
+
+
+@pytest.fixture(scope="module")
+def longbench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return longbench_rows.write_directory(tmp_path_factory.mktemp("longbench"))
+
+
+def test_longbench_has_a_cell_per_task_and_their_average(
+    run: Run, longbench: Path, tmp_path: Path
+) -> None:
+    json, records = tmp_path / "rows.json", tmp_path / "records.jsonl"
+    files = ["--data", longbench, "--json", json, "--records", records]
+    result = run(*LONGBENCH, *files, "--query-aware", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    rows = read_json(json)
+    for row in rows:
+        assert set(row) == {*CONTRACT, *LABELS}
+        assert (row["task"], row["length"], row["query_aware"]) == ("longbench", 200, True)
+    assert [row["metric"] for row in rows[:3]] == ["score", "kl_mean", "top1_flips_per_1000"]
+    assert [row["subtask"] for row in rows[::6]] == ["passage_count", "lcc", "average"]
+    assert "longbench (query-aware): up to 200 tokens, lcc, n = 1" in result.stdout
+    assert widest(result.stdout) <= TABLE_COLUMNS
+    compared = run("eval", "compare", records, "--policy", "int4", "--versus", "raw")
+    assert "longbench (query-aware), score: int4 against others" in compared.stdout
+    assert "not ranked: up to 200 tokens, lcc: n = 1 is below 100" in compared.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "chess"], "unknown LongBench task 'chess'; known: narrativeqa"),
+        (["--data", "nowhere"], "neither a directory, nor a file, nor a data set's name"),
+        (["--max-length", "5000"], "this model has positions for 2 to 4289"),
+        (["--chat"], "no chat template; leave out --chat"),
+        (["--dtype", "int3"], "dtype 'int3' is not in"),
+        (["--device", "nowhere"], "device 'nowhere'"),
+    ],
+)
+def test_bad_settings_of_longbench_are_one_line(
+    run: Run, longbench: Path, arguments: list[str], said: str
+) -> None:
+    result = run(*LONGBENCH, "--data", longbench, *arguments)
     assert result.exit_code == 2
     assert said in failure(result)
 

@@ -1,37 +1,48 @@
 """`kvprism eval`: its commands, thin as those of `cli.py`, and as light to import."""
 
+from collections.abc import Callable
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvprism.commands import console
-from kvprism.commands.options import (
-    Budgets,
-    CacheDtype,
-    Codec,
-    Importance,
-    Json,
-    Model,
-    Policies,
-    PolicyName,
-    ProfileFile,
-    Records,
-    Seed,
-    numbers,
-)
+from kvprism.commands.options import EvaluationOptions, Json, Model, PolicyName, numbers
 
 app = typer.Typer(
     help="Measure quality at exact bytes.", no_args_is_help=True, rich_markup_mode=None
 )
-ALL_POLICIES = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers"
 Lengths = Annotated[str, typer.Option("--length", help="Context tokens, with commas between them.")]
 Haystack = Annotated[
     Path | None, typer.Option("--haystack", help="A text file instead of generated text.")
 ]
+Settings = dict[str, Any]
 
 
-@app.command(
+def evaluation(epilog: str) -> Callable[[Callable[..., Settings]], Callable[..., Settings]]:
+    """A command of what gives a task's settings: those options, then all `EvaluationOptions`."""
+
+    def register(settings_of: Callable[..., Settings]) -> Callable[..., Settings]:
+        own, shared = signature(settings_of).parameters, signature(EvaluationOptions).parameters
+
+        def command(**given: Any) -> None:
+            options = EvaluationOptions(**{name: given.pop(name) for name in shared})
+            with console.one_line_errors(options.json, options.records):
+                console.load("kvprism.commands.evaluate")
+                from kvprism.commands.evaluate import evaluate_and_show
+
+                evaluate_and_show(settings_of.__name__, settings_of(**given), options)
+
+        command.__signature__ = Signature([*own.values(), *shared.values()])  # type: ignore[attr-defined]
+        command.__doc__ = settings_of.__doc__
+        app.command(settings_of.__name__, epilog=epilog)(command)
+        return settings_of
+
+    return register
+
+
+@evaluation(
     epilog="Example: kvprism eval perplexity --text book.txt --policy int4,spectrum --budget 0.30"
 )
 def perplexity(
@@ -46,39 +57,22 @@ def perplexity(
     documents: Annotated[
         int, typer.Option("--documents", min=1, help="Documents, spread over the text.")
     ] = 40,
-    policy: Policies = ALL_POLICIES,
-    budget: Budgets = "0.30,0.52",
-    importance: Importance = "attention",
-    codec: Codec = "nested",
-    profile: ProfileFile = None,
-    cache_dtype: CacheDtype = "bfloat16",
-    seed: Seed = 0,
-    records: Records = None,
-    json: Json = None,
-) -> None:
+) -> Settings:
     """Perplexity, KL and flips of continuations on restored caches.
 
     For every policy at every budget: perplexity, mean and p99 KL to raw, and how often the most
     likely token differs, with paired 95 % intervals over documents.
     """
-    with console.one_line_errors(json, records):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_perplexity
-
-        task = run_perplexity(
-            model,
-            text,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
-            context=context,
-            continuation=continuation,
-            n_documents=documents,
-            seed=seed,
-            cache_dtype=cache_dtype,
-        )
-        measure_and_show(task, records, json)
+    return {
+        "model": model,
+        "text": text,
+        "context": context,
+        "continuation": continuation,
+        "n_documents": documents,
+    }
 
 
-@app.command(
+@evaluation(
     epilog="Example: kvprism eval needle --length 1024 --distractors 0,3 --records needle.jsonl"
 )
 def needle(
@@ -91,41 +85,24 @@ def needle(
     distractors: Annotated[
         str, typer.Option("--distractors", help="Other facts beside it, with commas between them.")
     ] = "0,3",
-    policy: Policies = ALL_POLICIES,
-    budget: Budgets = "0.30,0.52",
     haystack: Haystack = None,
-    importance: Importance = "attention",
-    codec: Codec = "nested",
-    profile: ProfileFile = None,
-    cache_dtype: CacheDtype = "bfloat16",
-    seed: Seed = 0,
-    records: Records = None,
-    json: Json = None,
-) -> None:
+) -> Settings:
     """Facts hidden in a long text, asked for on restored caches.
 
     For every policy at every budget: exact match, digit NLL and mean KL to raw, with paired 95 %
     intervals over cases.
     """
-    with console.one_line_errors(json, records):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_needle
-
-        task = run_needle(
-            model,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
-            lengths=numbers(length, "--length"),
-            depths=depths,
-            trials=trials,
-            distractors=numbers(distractors, "--distractors"),
-            seed=seed,
-            haystack=haystack,
-            cache_dtype=cache_dtype,
-        )
-        measure_and_show(task, records, json)
+    return {
+        "model": model,
+        "lengths": numbers(length, "--length"),
+        "depths": depths,
+        "trials": trials,
+        "distractors": numbers(distractors, "--distractors"),
+        "haystack": haystack,
+    }
 
 
-@app.command(
+@evaluation(
     epilog="Example: kvprism eval ruler --length 2048 --trials 10 --task multi-key,copying "
     "--policy raw,spectrum,int4 --budget 0.30"
 )
@@ -139,41 +116,85 @@ def ruler(
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Cases per subtask and depth; there are 11.")
     ] = 10,
-    policy: Policies = ALL_POLICIES,
-    budget: Budgets = "0.30,0.52",
     query_aware: Annotated[
         bool, typer.Option("--query-aware", help="Plan with the question known: a protocol apart.")
     ] = False,
     haystack: Haystack = None,
-    importance: Importance = "attention",
-    codec: Codec = "nested",
-    profile: ProfileFile = None,
-    cache_dtype: CacheDtype = "bfloat16",
-    seed: Seed = 0,
-    records: Records = None,
-    json: Json = None,
-) -> None:
+) -> Settings:
     """Ten long-context tasks after RULER on restored caches.
 
     For every policy at every budget: exact match, share of answers right, answer NLL, mean KL to
     raw and flips, for every subtask and their average, with paired 95 % intervals over cases.
     """
-    with console.one_line_errors(json, records):
-        console.load("kvprism.commands.evaluate")
-        from kvprism.commands.evaluate import measure_and_show, parse_arms, run_ruler
+    return {
+        "model": model,
+        "tasks": task,
+        "lengths": numbers(length, "--length"),
+        "trials": trials,
+        "haystack": haystack,
+        "query_aware": query_aware,
+    }
 
-        suite = run_ruler(
-            model,
-            task,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
-            lengths=numbers(length, "--length"),
-            trials=trials,
-            seed=seed,
-            haystack=haystack,
-            cache_dtype=cache_dtype,
-            query_aware=query_aware,
-        )
-        measure_and_show(suite, records, json)
+
+@evaluation(
+    epilog="Example: kvprism eval longbench --model ./Llama-3.1-8B-Instruct --chat "
+    "--data THUDM/LongBench --policy snapkv,cake --budget 512tok --query-aware --records lb.jsonl"
+)
+def longbench(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="Directory of the benchmark's .jsonl files, its data.zip, or the data set's name "
+            "on the hub, OWNER/NAME, which is then downloaded.",
+        ),
+    ],
+    model: Model = "tiny",
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", "--task", help="Tasks, with commas between them; all 21 if none."),
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option("--documents", min=1, help="Only the first N rows of every task.")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length", min=2, help="Longer prompts lose their middle; as the model by default."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Use the model's chat template, where the benchmark does."),
+    ] = False,
+    query_aware: Annotated[
+        bool,
+        typer.Option(
+            "--query-aware", help="Send the question's cache too, as papers on eviction do."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of weights and arithmetic; float32, bfloat16, float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="As torch calls it.")] = "cpu",
+) -> Settings:
+    """LongBench's 21 tasks, answered on restored caches.
+
+    For every policy at every budget: the benchmark's own score of what was generated greedily, mean
+    KL to raw and flips on raw's answer, for every task and their average, with paired 95 %
+    intervals over rows.
+    """
+    return {
+        "model": model,
+        "data": data,
+        "tasks": tasks,
+        "dtype": dtype,
+        "device": device,
+        "n_documents": documents,
+        "max_length": max_length,
+        "chat": chat,
+        "query_aware": query_aware,
+    }
 
 
 @app.command(

@@ -1,6 +1,6 @@
 """`kvprism eval`: run a task with progress, print one table a cell, write rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvprism.commands import console
+from kvprism.commands.options import EvaluationOptions
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
+from kvprism.evaluate.longbench import LongBench
+from kvprism.evaluate.longbench_data import TASKS as LONGBENCH
+from kvprism.evaluate.longbench_data import read_task
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.perplexity import Perplexity
@@ -50,19 +54,13 @@ HEADINGS = {
     "digit_nll": Heading("digit NLL"),
     "answers_right": Heading("answers right %", 100, 100),
     "answer_nll": Heading("answer NLL"),
+    "score": Heading("score", 100, 100),
 }
-HIGHER_IS_BETTER = {"exact_match", "answers_right"}
+HIGHER_IS_BETTER = {"exact_match", "answers_right", "score"}
 SIGNIFICANT = 0.05
 
 
-def parse_arms(
-    policies: str,
-    budgets: str,
-    importance: str,
-    codec: str,
-    seed: int,
-    profile: Path | None = None,
-) -> tuple[Arm, ...]:
+def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
     """The arms that the command line names.
 
     Raises:
@@ -70,10 +68,10 @@ def parse_arms(
         BadInput: a budgeted policy and no budget, or a file that is no profile.
         ProfileMismatch: a profile that was edited, or of another version.
     """
-    options = PlanOptions(importance=importance, codec=codec, seed=seed)
-    saved = None if profile is None else SavedProfile.named(profile)
-    names = [name.strip() for name in policies.split(",") if name.strip()]
-    return arms_of(names, [b for b in budgets.split(",") if b.strip()], options, saved)
+    options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
+    saved = None if given.profile is None else SavedProfile.named(given.profile)
+    names = [name.strip() for name in given.policy.split(",") if name.strip()]
+    return arms_of(names, [b for b in given.budget.split(",") if b.strip()], options, saved)
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
@@ -95,8 +93,18 @@ def run_ruler(model: str, tasks: str | None, **settings: Any) -> Ruler:
     return Ruler(_loaded(model, settings["arms"]), subtasks=names, **settings)
 
 
-def _loaded(name: str, arms: Sequence[Arm]) -> LoadedModel:
-    """The model, once its arms have what they need of the profile.
+def run_longbench(
+    model: str, data: str, tasks: str | None, dtype: str, device: str, **settings: Any
+) -> LongBench:
+    """The task that `kvprism eval longbench` asks for; tasks: names with commas between them."""
+    names = list(LONGBENCH) if tasks is None else [name.strip() for name in tasks.split(",")]
+    read_task(data, names[0])  # data that is not there is found before the model is loaded
+    subject = _loaded(model, settings["arms"], dtype=dtype, device=device)
+    return LongBench(subject, data=data, tasks=names, **settings)
+
+
+def _loaded(name: str, arms: Sequence[Arm], **placed: str) -> LoadedModel:
+    """The model, once its arms have what they need of the profile; placed: as `LoadedModel.load`.
 
     Raises:
         ProfileMismatch: a profile of another model, or one that lacks what an arm needs.
@@ -105,20 +113,30 @@ def _loaded(name: str, arms: Sequence[Arm]) -> LoadedModel:
         shape = shape_of(load_config(name), 1)
         for arm in arms:
             code_of(shape, arm.policy, arm.options, arm.profile)
-        subject = LoadedModel.load(name)
+        subject = LoadedModel.load(name, **placed)
     for profile in {arm.profile for arm in arms if arm.profile is not None}:
         profile.check(bytes.fromhex(subject.fingerprint))
     return subject
 
 
-def measure_and_show(task: Task, records: Path | None, json: Path | None) -> None:
-    """Measure what is missing, print a table per cell, and write the rows."""
+RUNS: dict[str, Callable[..., Task]] = {
+    "perplexity": run_perplexity,
+    "needle": run_needle,
+    "ruler": run_ruler,
+    "longbench": run_longbench,
+}
+
+
+def evaluate_and_show(name: str, settings: dict[str, Any], options: EvaluationOptions) -> None:
+    """Measure what is missing of the task `name`, print a table per cell, and write the rows."""
+    arms = parse_arms(options)
+    task = RUNS[name](arms=arms, seed=options.seed, cache_dtype=options.cache_dtype, **settings)
     with console.progress(f"{task.header.task} on {task.header.model}") as advance:
-        measured = collect(task, records, advance)
+        measured = collect(task, options.records, advance)
     rows = rows_of(measured)
     show_rows(rows)
-    if json is not None:
-        write_rows(json, rows)
+    if options.json is not None:
+        write_rows(options.json, rows)
 
 
 def show_rows(rows: Sequence[Row]) -> None:
@@ -137,7 +155,8 @@ def show_rows(rows: Sequence[Row]) -> None:
 
 
 def _cell(figure: Row | Comparison) -> str:
-    cell = f"{figure.length} tokens"
+    # LongBench's prompts are as long as they are, and only the longest are cut.
+    cell = f"{'up to ' if figure.task == 'longbench' else ''}{figure.length} tokens"
     if figure.distractors is not None:
         cell += f", {figure.distractors} distractors"
     return cell if figure.subtask is None else f"{cell}, {figure.subtask}"

@@ -1,5 +1,6 @@
 """Options that several commands share. Light: `--help` reads this file."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,21 @@ Records = Annotated[
     Path | None,
     typer.Option("--records", help="Keep every measurement here; the same command resumes."),
 ]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What every evaluation takes: its arms, and where its results go."""
+
+    policy: Policies = "raw,int8,int4,spectrum,sinks-recent,pdtrim,random-drop,random-tiers"
+    budget: Budgets = "0.30,0.52"
+    importance: Importance = "attention"
+    codec: Codec = "nested"
+    profile: ProfileFile = None
+    cache_dtype: CacheDtype = "bfloat16"
+    seed: Seed = 0
+    records: Records = None
+    json: Json = None
 
 
 def numbers(text: str, what: str) -> list[int]:

@@ -28,10 +28,18 @@ class LoadedModel:
     tokenizer: Any
 
     @classmethod
-    def load(cls, name: str) -> "LoadedModel":
-        """A built-in model or a local checkpoint, in float32: arithmetic is not measured."""
-        model, tokenizer = load(name, torch.float32)
-        return cls(name, model, tokenizer)
+    def load(cls, name: str, dtype: str = "float32", device: str = "cpu") -> "LoadedModel":
+        """A built-in model or a local checkpoint, in float32: arithmetic is not measured.
+
+        Raises:
+            BadInput: an unknown dtype, or a device that is not there; and as `load`.
+        """
+        loaded, tokenizer = load(name, known_dtype("dtype", dtype))
+        model: Any = loaded
+        try:
+            return cls(name, model.to(device), tokenizer)
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
+            raise BadInput(f"device {device!r}: {str(error).partition(chr(10))[0]}") from error
 
     @property
     def fingerprint(self) -> str:
@@ -62,12 +70,13 @@ class Case:
         return self.continuation[: self.answers[0].start]
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one arm did to one case.
 
     nll: summed over the answers' `targets` tokens, in nats; right: of how many of the `answers`
     every token was the most likely one; kl: KL(raw || arm) of every fed position, in nats; flips:
-    fed positions whose most likely token is another than raw's.
+    fed positions whose most likely token is another than raw's. Where an answer was generated, text
+    is that answer, and score the task's own, in [0, 1].
     """
 
     wire_bytes: int
@@ -80,6 +89,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     right: int
     kl: tuple[float, ...]
     flips: int
+    text: str = ""
+    score: float | None = None
 
     @property
     def exact(self) -> bool:
@@ -107,10 +118,7 @@ def measure(
     """
     assert arms[0].policy == RAW, arms
     check_fits(model, case)
-    if cache_dtype not in DTYPES:
-        raise BadInput(f"cache dtype {cache_dtype!r} is not in {list(DTYPES)}")
-    signals = signals_of(arm.policy for arm in arms)
-    kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype], signals=signals)
+    kv, view = capture_for(model, case.context, arms, cache_dtype)
     if query_aware:
         view = asked_about(model, case, view)
     raw: torch.Tensor | None = None
@@ -121,14 +129,31 @@ def measure(
             yield arm, error
             continue
         logits = continue_on(model, restored, case.fed)
-        _require_finite(logits, arm)
+        require_finite(logits, arm)
         raw = logits if raw is None else raw
-        yield arm, _outcome(plan, restored, case, raw, logits)
+        yield arm, outcome_of(plan, restored, case, raw, logits)
 
 
-def _outcome(
+def capture_for(
+    model: Any, context: torch.Tensor, arms: Sequence[Arm], cache_dtype: str
+) -> tuple[RequestKV, tuple[LayerView, ...]]:
+    """A context's cache, and what the arms' policies need of it; errors as `capture`."""
+    dtype = known_dtype("cache dtype", cache_dtype)
+    signals = signals_of(arm.policy for arm in arms)
+    return capture(model, context, cache_dtype=dtype, signals=signals)
+
+
+def known_dtype(what: str, name: str) -> torch.dtype:
+    """A dtype by name; `BadInput` for one that no cache can have."""
+    if name not in DTYPES:
+        raise BadInput(f"{what} {name!r} is not in {list(DTYPES)}")
+    return DTYPES[name]
+
+
+def outcome_of(
     plan: Plan, restored: RequestKV, case: Case, raw: torch.Tensor, logits: torch.Tensor
 ) -> Outcome:
+    """An arm's plan, its cache, and its logits and raw's `[token, vocabulary]` of `case.fed`."""
     kl, flips = divergence(raw, logits)
     scored = [_score(logits, case.continuation, answer) for answer in case.answers]
     return Outcome(
@@ -168,12 +193,34 @@ def asked_about(model: Any, case: Case, view: Sequence[LayerView]) -> tuple[Laye
     return tuple(seen)
 
 
-def continue_on(model: Any, kv: RequestKV, fed: torch.Tensor) -> torch.Tensor:
-    """Logits `[token, vocabulary]` of `fed`, in one call on the restored cache."""
+def continue_on(model: Any, kv: RequestKV, fed: torch.Tensor, last: int = 0) -> torch.Tensor:
+    """Logits `[token, vocabulary]` of the `last` tokens of `fed` (0: of all), in one call."""
+    return _logits(model, restore(model, kv), fed, last)
+
+
+def _logits(model: Any, cache: Any, fed: torch.Tensor, last: int) -> torch.Tensor:
     with torch.no_grad():
-        out = model(fed[None].to(model.device), **restore(model, kv).kwargs, use_cache=True)
+        out = model(fed[None].to(model.device), **cache.kwargs, use_cache=True, logits_to_keep=last)
     logits: torch.Tensor = out.logits[0]
     return logits
+
+
+def generate_on(
+    model: Any, kv: RequestKV, fed: torch.Tensor, n: int, stops: Sequence[int], fewest: int = 0
+) -> torch.Tensor:
+    """Greedy tokens after `fed`: `n`, or up to the first of `stops`, which is the last of them.
+
+    fewest: how many tokens come before a stop is allowed.
+    """
+    cache = restore(model, kv)
+    made: list[int] = []
+    while len(made) < n and not (made and made[-1] in stops):
+        logits = _logits(model, cache, fed, 1)[-1]
+        if len(made) < fewest:
+            logits[list(stops)] = -math.inf
+        made.append(int(logits.argmax()))
+        fed = torch.tensor(made[-1:])
+    return torch.tensor(made)
 
 
 def divergence(raw: torch.Tensor, arm: torch.Tensor) -> tuple[tuple[float, ...], int]:
@@ -206,7 +253,8 @@ def _score(logits: torch.Tensor, continuation: torch.Tensor, answer: slice) -> t
     return nll, bool((logits.argmax(dim=-1) == targets).all())
 
 
-def _require_finite(logits: torch.Tensor, arm: Arm) -> None:
+def require_finite(logits: torch.Tensor, arm: Arm) -> None:
+    """`BadInput` where an arm's logits are not."""
     if not math.isfinite(float(logits.sum())) and not bool(logits.isfinite().all()):
         raise BadInput(
             f"policy {arm.policy!r} at budget {arm.budget}: the model's logits are not finite; are "

@@ -62,6 +62,7 @@ _FLIPS = Metric(
     "difference",
     _ratio(lambda o: o.flips, lambda o: len(o.kl), factor=1000),
 )
+_SCORE = Metric("score", "difference", _ratio(lambda o: o.score or 0, lambda o: 1))
 METRICS = {
     "perplexity": (
         Metric(
@@ -85,6 +86,7 @@ METRICS = {
         _KL_MEAN,
         _FLIPS,
     ),
+    "longbench": (_SCORE, _KL_MEAN, _FLIPS),
 }
 
 
@@ -170,11 +172,13 @@ class Cell:
 
     def not_ranked(self, raw: ArmKey) -> str | None:
         """Why a cell of questions ranks nothing: too few cases, or a task that raw itself fails."""
-        outcomes = self.outcomes(raw)
-        if _EXACT_MATCH not in METRICS[self.header.task] or outcomes is None:
+        outcomes, metrics = self.outcomes(raw), METRICS[self.header.task]
+        if outcomes is None or not {_EXACT_MATCH, _SCORE} & set(metrics):
             return None
         if min(self.strata) < FEWEST_CASES:
             return f"n = {min(self.strata)} is below {FEWEST_CASES}"
+        if _EXACT_MATCH not in metrics:
+            return None
         exact = float(self.statistic(_EXACT_MATCH, outcomes)(np.ones((1, self.n)))[0])
         if exact < LOWEST_RAW_EXACT_MATCH:
             return f"raw exact match {exact:.3f} is below {LOWEST_RAW_EXACT_MATCH}"
