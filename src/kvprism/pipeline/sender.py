@@ -30,13 +30,17 @@ from kvprism.wire.session import SenderSession
 
 @dataclass(frozen=True)
 class Sent:
-    """What sending one request took. `seconds` runs from the offer to the acknowledgement."""
+    """What sending one request took. `seconds` runs from the offer to the acknowledgement.
+
+    layer_nbytes: manifests and segments of each layer; the frames around them are in wire_nbytes.
+    """
 
     request: bytes
     wire_nbytes: int
     encode_s: float
     seconds: float
     resent: int
+    layer_nbytes: tuple[int, ...]
 
 
 class Sender:
@@ -82,6 +86,10 @@ class Sender:
     def close(self) -> None:
         """Close the connection; a request under way is lost to the peer."""
         self._link.close()
+
+    def pace(self, bytes_per_s: int | None) -> None:
+        """Send at most so fast, to stand in for a slower link; None: as fast as it goes."""
+        self._link.connection.pace(bytes_per_s)
 
     @property
     def capability(self) -> Capability:
@@ -164,7 +172,9 @@ class Transfer:
         self._menu = menu_of(offer)
         self._nbytes = frame_nbytes(offer)
         self._encode_s = 0.0
+        self._layer_nbytes: list[int] = []
         self._resent = 0
+        self.layers_left = len(self._shapes)  # to be sent
         # Kept until the acknowledgement: the peer asks again for a damaged piece.
         self._encoded: list[Encoded] = []
 
@@ -203,20 +213,25 @@ class Transfer:
             encode_s=self._encode_s,
             seconds=time.perf_counter() - self._started,
             resent=self._resent,
+            layer_nbytes=tuple(self._layer_nbytes),
         )
 
     def _send_layer(self, kv: LayerKV, layer: LayerPlan) -> None:
         own = self._conditioning.get(kv.layer_id)
         pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded), own)
+        self._layer_nbytes.append(0)
         with self._sender._link.guard():
             while True:
                 started = time.perf_counter()
                 encoded = next(pieces, None)
                 self._encode_s += time.perf_counter() - started
                 if encoded is None:
+                    self.layers_left -= 1
                     return
                 self._encoded.append(encoded)
-                self._nbytes += self._sender._send_encoded(encoded)
+                nbytes = self._sender._send_encoded(encoded)
+                self._nbytes += nbytes
+                self._layer_nbytes[-1] += nbytes
                 self._answer()
 
     def _answer(self) -> None:
