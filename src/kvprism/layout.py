@@ -8,6 +8,7 @@ plane holds one row per (head, token) whose tier uses it, head-major; a dropped 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -182,18 +183,20 @@ def plane_nbytes(
     """Bytes of every non-empty plane of a block, in plane order."""
     rows = _distinct_rows(tier_of)
     repeated = len(tier_of) // len(rows)
-    counts = [np.bincount(row, minlength=len(menu)).tolist() for row in rows]
-    return counted_nbytes(counts, repeated, menu, channels, itemsize, component)
+    counts = tuple(tuple(np.bincount(row, minlength=len(menu)).tolist()) for row in rows)
+    return dict(counted_nbytes(counts, repeated, tuple(menu), channels, itemsize, component))
 
 
+# Layers and components that take the same tiers ask for the same sizes, again and again.
+@lru_cache(maxsize=256)
 def counted_nbytes(
-    counts: Sequence[Sequence[int]],
+    counts: tuple[tuple[int, ...], ...],
     repeated: int,
-    menu: Sequence[Tier],
+    menu: tuple[Tier, ...],
     channels: int,
     itemsize: int,
     component: str,
-) -> dict[Plane, int]:
+) -> Mapping[Plane, int]:
     """The same from how many tokens of each head take each tier; repeated: heads per row."""
     sizes = dict.fromkeys(Plane, 0)
     for tier, by_head in zip(menu, zip(*counts, strict=True), strict=True):
@@ -255,7 +258,7 @@ def pack_tier_map(tier_of: TierArray) -> TierMap:
     rows = _distinct_rows(tier_of)
     flat = rows.reshape(-1)
     counts = np.bincount(flat, minlength=MAX_MENU)
-    empty = counted_tier_map(counts.tolist(), len(rows))
+    empty = counted_tier_map(tuple(counts.tolist()), len(rows))
     palette = np.frombuffer(empty.palette, np.uint8)
     if empty.mode == UNIFORM:
         return empty
@@ -265,7 +268,8 @@ def pack_tier_map(tier_of: TierArray) -> TierMap:
     return replace(empty, data=_pack_bits(index, empty.bits))
 
 
-def counted_tier_map(counts: Sequence[int], rows: int = 1) -> TierMap:
+@lru_cache(maxsize=256)
+def counted_tier_map(counts: tuple[int, ...], rows: int = 1) -> TierMap:
     """A map with as many entries of each tier, in the smallest encoding; its data is zeros."""
     n = sum(counts)
     used = [tier for tier, count in enumerate(counts) if count]

@@ -49,7 +49,7 @@ from kvprism.wire.messages import (
 )
 
 # A block's tier map, and the bytes of its planes.
-Contents = tuple[TierMap, dict[Plane, int]]
+Contents = tuple[TierMap, Mapping[Plane, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class LayerCounts:
     """
 
     shape: LayerShape
-    counts: Callable[[tuple[int, int]], Sequence[int]]
+    counts: Callable[[tuple[int, int]], tuple[int, ...]]
 
     def contents(
         self,
@@ -139,7 +139,7 @@ class LayerCounts:
         """What a block of this layer holds, with zeros for its tier map."""
         counts, (name, _, channels) = self.counts(tokens), component
         sizes = counted_nbytes(
-            [counts], heads[1] - heads[0], menu, channels, self.shape.itemsize, name
+            (counts,), heads[1] - heads[0], tuple(menu), channels, self.shape.itemsize, name
         )
         return counted_tier_map(counts), sizes
 

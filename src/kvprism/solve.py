@@ -8,7 +8,7 @@ the exact planners find the largest b whose plan, to the last wire byte, fits th
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate, groupby, pairwise
 from math import inf
 from typing import NamedTuple
@@ -134,21 +134,31 @@ class TokenProblem:
         tiers[self.protected] = NATIVE_INDEX
         return tiers
 
-    def counted(self, shape: LayerShape, counts: TierCounts) -> LayerPlan | LayerCounts:
-        """A layer with so many tokens of `order` in each tier, for its size alone."""
+    def counted(
+        self, shape: LayerShape, counts: TierCounts, in_range: Callable[[int], tuple[int, ...]]
+    ) -> LayerPlan | LayerCounts:
+        """A layer with so many tokens of `order` in each tier, for its size alone.
+
+        in_range: `counter(counts)`, which all layers of one size share.
+        """
         if shape.layer_id in self.pinned:
             return self.layer(shape, self._assigned(counts))
+        start, step = shape.token_range[0], self.split.tokens or shape.n_tokens
+        return LayerCounts(shape, lambda tokens: in_range((tokens[0] - start) // step))
+
+    def counter(self, counts: TierCounts) -> Callable[[int], tuple[int, ...]]:
+        """How many tokens each tier takes in a token range, by its number in the split."""
         bounds = [0, *accumulate(counts), len(self.order)]
-        start, step = shape.token_range[0], self.split.tokens
+        more = (0,) * (len(self.menu) - DROP_INDEX - 1)
 
-        def in_range(tokens: tuple[int, int]) -> list[int]:
-            ranks, native = self._ranges[0 if step is None else (tokens[0] - start) // step]
+        @cache
+        def in_range(number: int) -> tuple[int, ...]:
+            ranks, native = self._ranges[number]
             at = bounds if len(self._ranges) == 1 else [bisect_left(ranks, b) for b in bounds]
-            own = [high - low for low, high in pairwise(at)]
-            own[NATIVE_INDEX] += native
-            return own + [0] * (len(self.menu) - len(own))
+            first, *others = (high - low for low, high in pairwise(at))
+            return (first + native, *others, *more)
 
-        return LayerCounts(shape, in_range)
+        return in_range
 
     @cached_property
     def _ranges(self) -> list[tuple[Sequence[int], int]]:
@@ -217,9 +227,9 @@ class _Curve:
             _token_nbytes(problem, [layer for its, layer in planned if its is problem])
             for problem in self._problems
         ]
-        nothing = [0] * DROP_INDEX
+        nothing = (0,) * DROP_INDEX
         self._framing = nbytes(
-            [LayerCounts(la, lambda t: [*nothing, t[1] - t[0]]) for _, la in planned]
+            [LayerCounts(la, lambda t: (*nothing, t[1] - t[0])) for _, la in planned]
         )
 
     def smallest(self) -> int:
@@ -245,8 +255,11 @@ class _Curve:
         return [problem.family.counts(b, len(problem.order)) for problem in self._problems]
 
     def _cost(self, step: int) -> int:
-        counts = dict(zip(self._problems, self._counts(step), strict=True))
-        return self._nbytes([problem.counted(la, counts[problem]) for problem, la in self._planned])
+        counts = zip(self._problems, self._counts(step), strict=True)
+        shared = {problem: (its, problem.counter(its)) for problem, its in counts}
+        return self._nbytes(
+            [problem.counted(la, *shared[problem]) for problem, la in self._planned]
+        )
 
     def _least(self, step: int) -> int:
         nbytes = self._framing

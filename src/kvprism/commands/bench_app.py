@@ -101,3 +101,27 @@ def ttft(
             from kvprism.plots import write_ttft_plot
 
             write_ttft_plot(result["rows"], plot)
+
+
+@app.command(epilog="Example: kvprism bench plan --tokens 4096,131072 --policy spectrum,ada-kv")
+def plan(
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="Prompt tokens, with commas between them.")
+    ] = "4096,8192,16384,32768,65536,131072",
+    policy: Policies = "spectrum,spectrum-layer,snapkv,ada-kv",
+    budget: Annotated[str, typer.Option("--budget", help="As a fraction, or in bytes.")] = "0.30",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Plans of each kind.")] = 3,
+    json: Json = None,
+) -> None:
+    """What ranking and solving cost as the prompt grows, on drawn scores.
+
+    For the built-in model's shape and an 8B model's. What scores cost is in `bench ttft`.
+    """
+    with console.one_line_errors(json):
+        console.load("kvprism.commands.bench_plan")
+        from kvprism.commands.bench_plan import bench_plan, show_plan
+
+        with console.progress("plans") as advance:
+            result = bench_plan(numbers(tokens, "--tokens"), policy, budget, repeats, advance)
+        show_plan(result["rows"])
+        console.write_json(json, result)

@@ -69,6 +69,7 @@ class Case:
             )
         if not self.links or min(self.links) < 1:
             raise BadInput(f"links must be faster than nothing, got {self.links}")
+        _ = self.arms  # says now what is wrong with a policy or a budget
 
     @property
     def arms(self) -> list[tuple[str, str | None]]:
