@@ -20,6 +20,8 @@ from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
 from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
+    ALL_NATIVE,
+    EVICT,
     TWO_TIER,
     Pinned,
     TokenProblem,
@@ -368,7 +370,7 @@ def token_problem(
         order=order[~np.isin(order, native)],
         protected=native,
         menu=code.menu,
-        pinned=_pinned(view, code),
+        pinned={} if row.family in (ALL_NATIVE, EVICT) else _pinned(view, code),
     )
 
 

@@ -58,9 +58,12 @@ def bench_ttft(
         if link.shaping != shaping:
             console.note(f"shaping: {link.shaping}")
         console.note(f"workers: {placement}")
-        with console.progress("requests") as advance, worker_pair(model, places=where) as pair:
+        with worker_pair(model, places=where) as pair:
+            with console.status("starting a prefill and a decode worker"):
+                pair.ready()
             for case in cases:
-                rows += run_ttft(pair, link, config.vocab_size, case, advance)
+                with console.progress(f"requests of {case.context} tokens") as advance:
+                    rows += run_ttft(pair, link, config.vocab_size, case, advance)
     result = with_provenance([{"model": model, **row} for row in rows])
     result |= {"placement": placement, "definitions": DEFINITIONS}
     if extrapolate:

@@ -2,7 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -207,10 +208,13 @@ class PrefillWorker(_Role):
         Where the policy plans by layer, a layer leaves while the next are computed. `started_at` is
         on the clock that all processes of a machine share.
         """
-        self._sender = self._sender or self.connect(*address, allow_remote=True)
+        sender = self._sender or self.connect(*address, allow_remote=True)
+        self._sender = None  # a request that breaks off takes its connection with it
         serve = self._serve_layers if leaves_early(policy) else self._serve_prompt
         started = time.monotonic()
-        timings, sent = serve(self._sender, torch.tensor(ids[:-1]), policy, budget)
+        with _closing_on_error(sender):
+            timings, sent = serve(sender, torch.tensor(ids[:-1]), policy, budget)
+        self._sender = sender
         shape = self._shape(len(ids) - 1)
         return {
             "started_at": started,
@@ -414,6 +418,16 @@ class DecodeWorker(_Role):
 
 
 ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
+
+
+@contextmanager
+def _closing_on_error(sender: Sender) -> Iterator[None]:
+    """Let the peer know at once that no more of a request will come."""
+    try:
+        yield
+    except BaseException:
+        sender.close()
+        raise
 
 
 def ttft_ms(timings: Mapping[str, float]) -> float:
