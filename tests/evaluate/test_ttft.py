@@ -15,7 +15,7 @@ from kvprism.evaluate.ttft import (
     raw_equals_prefill_bits_per_s,
     run_ttft,
 )
-from kvprism.evaluate.ttft_model import LLAMA_8B, LLAMA_70B, modelled
+from kvprism.evaluate.ttft_model import LLAMA_8B, LLAMA_70B, Rates, modelled
 from kvprism.integrations.worker import worker_pair
 
 
@@ -83,7 +83,7 @@ def test_requests_between_two_processes_are_timed_phase_by_phase() -> None:
     assert 8 * raw["wire_bytes"] / equal == pytest.approx(raw["prefill_alone_s"])
 
 
-def measured(policy: str, fraction: float, codec_s: float, overlap: bool) -> dict[str, object]:
+def measured(policy: str, fraction: float, overlap: bool) -> dict[str, object]:
     return {
         "policy": policy,
         "budget": None,
@@ -91,8 +91,6 @@ def measured(policy: str, fraction: float, codec_s: float, overlap: bool) -> dic
         "link_bits_per_s": 1,
         "wire_bytes": int(1e6 * fraction),
         "reference_bytes": 10**6,
-        "encode_s": codec_s,
-        "decode_s": codec_s,
     }
 
 
@@ -101,10 +99,18 @@ def test_the_model_of_large_models_says_so_and_follows_its_formulas() -> None:
     # The anchors of a published table of such shares: 8B at 4k on one H100, 70B at 4k on four.
     assert LLAMA_8B.prefill_s(4096) == pytest.approx(0.158, rel=0.03)
     assert LLAMA_70B.prefill_s(4096) == pytest.approx(0.337, rel=0.03)
-    slow, fast = measured("int4", 0.25, 1.0, False), measured("free", 0.25, 1e-12, True)
-    rows = modelled([measured("raw", 1.0, 1e-12, False), slow, fast])
+    arms = [
+        measured("raw", 1.0, False),
+        measured("int4", 0.25, False),
+        measured("pdtrim", 0.25, True),
+    ]
+    rows = modelled(arms, Rates(encode=1e8, decode=1e8, copy=1e15))
     assert all(row["modelled"] for row in rows)
     for raw, slow, fast in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert raw["gain"] == 0 and raw["transfer_s"] == pytest.approx(4 * fast["transfer_s"])
+        assert slow["encode_s"] == pytest.approx(
+            4 * slow["transfer_s"] * slow["link_bits_per_s"] * 0.9 / 8e8
+        )
+        # A codec of 0.1 GB/s loses on every one of these links, one for nothing wins.
         assert slow["gain"] < 0 < fast["gain"]
         assert fast["ttft_s"] >= fast["prefill_s"]

@@ -1,9 +1,12 @@
 """`kvprism bench ttft`: time to first token over a shaped link, phase by phase."""
 
+from dataclasses import asdict
+from statistics import median
 from typing import Any
 
+from kvprism.codec.backend import REFERENCE
 from kvprism.commands import console
-from kvprism.commands.bench import with_provenance
+from kvprism.commands.bench import DECODE, ENCODE, run_bench, with_provenance
 from kvprism.commands.dry_run import link_bytes_per_s
 from kvprism.errors import UnknownName
 from kvprism.evaluate.links import SHAPINGS, shaped_link
@@ -15,12 +18,13 @@ from kvprism.evaluate.ttft import (
     raw_equals_prefill_bits_per_s,
     run_ttft,
 )
-from kvprism.evaluate.ttft_model import modelled
+from kvprism.evaluate.ttft_model import Rates, modelled
 from kvprism.integrations import hf
 from kvprism.integrations.worker import worker_pair
 
 Result = dict[str, Any]
 PLAN_SHARE = 0.05
+CODEC_MIB, CODEC_REPEATS = 64, 15
 
 
 def bench_ttft(
@@ -68,8 +72,25 @@ def bench_ttft(
     result |= {"placement": placement, "definitions": DEFINITIONS}
     if extrapolate:
         longest = [row for row in rows if row["context"] == max(contexts)]
-        result["modelled"] = modelled(longest)
+        rates = codec_rates()
+        result |= {"codec_rates": asdict(rates), "modelled": modelled(longest, rates)}
     return result
+
+
+def codec_rates() -> Rates:
+    """Of one core on a buffer far larger than its caches; the slower of INT8 and INT4."""
+    with console.progress("codec") as advance:
+        rows = run_bench([CODEC_MIB], [1], "bfloat16", 128, CODEC_REPEATS, advance)
+    best = (
+        rows
+        if all(r["backend"] == REFERENCE for r in rows)
+        else [row for row in rows if row["backend"] != REFERENCE]
+    )
+    encode, decode = (
+        min(1e9 * row["gb_per_s"] for row in best if row["direction"] == direction)
+        for direction in (ENCODE, DECODE)
+    )
+    return Rates(encode, decode, 1e9 * median(row["memcpy_gb_per_s"] for row in best))
 
 
 def show_ttft(result: Result) -> None:

@@ -1,9 +1,9 @@
 """A model, not a measurement: TTFT at the sizes of large models, from codec rates measured here.
 
 Prefill: (2 N T + 2 L h_q d T^2) / (989e12 x 0.45 x GPUs) seconds, an H100's bfloat16 peak at 45 %.
-Link: 90 % of the line. Encode and decode: raw bytes over the rates of one core as measured with the
-built-in model, times `cores`. Bytes: the fraction of 16 bits as measured. Planning is left out: it
-does not grow with heads and channels, and it was measured on a CPU prefill.
+Link: 90 % of the line. Encode and decode: raw bytes over the rates of one core as measured on a
+large buffer (`bench codec`), the slower of INT8 and INT4; a copy of what is kept where nothing is
+quantised. Bytes: the fraction of 16 bits as measured. Planning is left out: `bench plan` has it.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvprism.evaluate.ttft import Row, bound_s
+from kvprism.policies import POLICIES
+from kvprism.solve import ALL_NATIVE, EVICT
 
 FLOPS_PER_GPU = 989e12 * 0.45
 OF_LINE = 0.9
@@ -51,7 +53,16 @@ LLAMA_70B = LargeModel("Llama-3.1-70B", 70.6e9, 80, 64, 8, 128, 4)
 MODELS = (LLAMA_8B, LLAMA_70B)
 
 
-def modelled(rows: Sequence[Row], cores: int = 1) -> list[Row]:
+@dataclass(frozen=True)
+class Rates:
+    """Raw bytes per second of one core."""
+
+    encode: float
+    decode: float
+    copy: float
+
+
+def modelled(rows: Sequence[Row], rates: Rates) -> list[Row]:
     """A row for every large model, context, link and arm of `rows`; each says `modelled`."""
     fastest = max(row["link_bits_per_s"] for row in rows)
     arms = [row for row in rows if row["link_bits_per_s"] == fastest]
@@ -59,17 +70,19 @@ def modelled(rows: Sequence[Row], cores: int = 1) -> list[Row]:
     for model in MODELS:
         for tokens in CONTEXTS:
             for line in LINKS:
-                one = [_modelled(model, tokens, line, row, cores) for row in arms]
+                one = [_modelled(model, tokens, line, row, rates) for row in arms]
                 raw_s = one[0]["ttft_s"]
                 found += [{**row, "gain": 1 - row["ttft_s"] / raw_s} for row in one]
     return found
 
 
-def _modelled(model: LargeModel, tokens: int, line: int, row: Row, cores: int) -> dict[str, Any]:
+def _modelled(model: LargeModel, tokens: int, line: int, row: Row, rates: Rates) -> dict[str, Any]:
     native = model.reference_nbytes(tokens)
     nbytes = native * row["wire_bytes"] / row["reference_bytes"]
-    scale = native / row["reference_bytes"] / cores
-    encode_s, decode_s = scale * row["encode_s"], scale * row["decode_s"]
+    if POLICIES[row["policy"]].family in (ALL_NATIVE, EVICT):
+        encode_s = decode_s = nbytes / rates.copy
+    else:
+        encode_s, decode_s = native / rates.encode, native / rates.decode
     prefill_s, link = model.prefill_s(tokens), OF_LINE * line
     n = model.layers
     # The codec works layer by layer too: the link waits for whichever is slower.
@@ -81,7 +94,6 @@ def _modelled(model: LargeModel, tokens: int, line: int, row: Row, cores: int) -
         "model": model.name,
         "gpus": model.gpus,
         "context": tokens,
-        "codec_cores": cores,
         "link_bits_per_s": line,
         "policy": row["policy"],
         "budget": row["budget"],
