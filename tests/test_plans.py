@@ -12,6 +12,7 @@ from kvprism.core import MENU, Capability, ComponentShape, Drop, KVShape, LayerS
 from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.layout import Split
 from kvprism.plans import (
+    LayerCounts,
     LayerPlan,
     Plan,
     layer_nbytes,
@@ -65,6 +66,27 @@ def test_a_quantised_tier_that_is_larger_than_native_is_refused() -> None:
     narrow = KVShape.dense(layers=1, heads=2, channels=2, tokens=4).layers[0]
     with pytest.raises(BadInput, match="'int8' takes 4 bytes"):
         Plan((layer_of(ALL, shape=narrow),))
+
+
+@given(st.data())
+def test_counting_tokens_is_enough_for_the_exact_size(data: st.DataObject) -> None:
+    n, start = data.draw(st.integers(1, 70)), data.draw(st.integers(0, 300))
+    heads = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    components = (ComponentShape("k", heads[0], 16), ComponentShape("v", heads[1], 64))
+    layer = LayerShape(data.draw(st.integers(0, 200)), components, (start, start + n), "bfloat16")
+    few = data.draw(st.sets(st.integers(0, 3), min_size=1))
+    drawn = st.lists(st.sampled_from(sorted(few)), min_size=n, max_size=n)
+    row = np.array(data.draw(drawn), np.uint8)
+    split = Split(data.draw(st.none() | st.integers(1, 80)), data.draw(st.none() | st.just(1)))
+    sequence = data.draw(st.sampled_from([0, 120, 255]))
+
+    def counts(tokens: tuple[int, int]) -> tuple[int, ...]:
+        own = row[tokens[0] - start : tokens[1] - start]
+        return tuple(np.bincount(own, minlength=4).tolist())
+
+    laid_out = LayerPlan(layer, {c.name: np.broadcast_to(row, (c.heads, n)) for c in components})
+    expected = layer_nbytes(laid_out, MENU, split, sequence)
+    assert layer_nbytes(LayerCounts(layer, counts), MENU, split, sequence) == expected
 
 
 @given(st.data())

@@ -1,5 +1,6 @@
 """What the tensors of a request refuse to be."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,3 +63,16 @@ def test_queries_of_another_model_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeMismatch, match=r"expected queries .multiple of 2 heads, 1 to 16"):
         LayerView(cache().layers[0], torch.zeros(shape))
     LayerView(cache().layers[0], torch.zeros(6, 16, 8))
+
+
+def test_what_is_found_of_a_view_is_found_once_and_not_for_another() -> None:
+    found: list[str] = []
+
+    def find() -> int:
+        found.append("again")
+        return len(found)
+
+    one, other = LayerView(cache().layers[0]), LayerView(cache().layers[0])
+    assert [one.once("a", find), one.once("a", find), one.once("b", find)] == [1, 1, 2]
+    # Nor for a copy that sees something else.
+    assert (other.once("a", find), replace(one, softmax_scale=2.0).once("a", find)) == (3, 4)

@@ -5,13 +5,21 @@ With `--check` it writes nothing and fails when a page does not show what was me
 
 import sys
 
-from bench.tables import models, quality
+from bench.tables import models, quality, speed
 from bench.tables.cells import ROOT
 
 SECTIONS = {
     "README.md": {"summary": quality.summary},
     "kvprism-tiny/README.md": {"gates": lambda: models.gates("tiny")},
     "models/tiny-deep-candidate/README.md": {"gates": lambda: models.gates("tiny-deep")},
+    "docs/speed.md": {
+        "ttft-machine": lambda: speed.measured_on("ttft"),
+        "ttft": speed.ttft,
+        "break-even": speed.break_even,
+        "modelled": speed.modelled,
+        "plan-machine": lambda: speed.measured_on("plan"),
+        "plan": speed.planning,
+    },
     "docs/evidence.md": {
         "provenance": quality.provenance,
         "perplexity": quality.perplexity,

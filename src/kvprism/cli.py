@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprism.commands import console, eval_app
+from kvprism.commands import bench_app, console, eval_app
 from kvprism.commands.options import (
     AllowRemote,
     BudgetText,
@@ -24,7 +24,6 @@ from kvprism.commands.options import (
     Prompt,
     Seed,
     TokenFile,
-    numbers,
 )
 
 app = typer.Typer(
@@ -37,8 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: at once, and the same in a terminal and in a log
 )
 app.add_typer(eval_app.app, name="eval")
-bench = typer.Typer(help="Measure speed.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(bench, name="bench")
+app.add_typer(bench_app.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -321,37 +319,6 @@ def inspect(
         console.write_json(json, result)
 
 
-@bench.command(epilog="Example: kvprism bench codec --mib 256 --threads 1,2 --json codec.json")
-def codec(
-    mib: Annotated[
-        str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
-    ] = "16,256",
-    threads: Annotated[
-        str, typer.Option("--threads", help="Threads of the codec, with commas between them.")
-    ] = "1",
-    dtype: CacheDtype = "bfloat16",
-    channels: Annotated[int, typer.Option("--channels", min=2, help="Channels of a head.")] = 128,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=15, help="Times that codec and copy take turns.")
-    ] = 15,
-    json: Json = None,
-) -> None:
-    """INT8 and INT4, encode and decode, against a copy of the same bytes.
-
-    Every result is compared with the reference before it is timed; codec and memcpy take turns, and
-    the ratio is the median over the turns. The roofline counts bytes read and written.
-    """
-    with console.one_line_errors(json):
-        console.load("kvprism.commands.bench")
-        from kvprism.commands.bench import run_bench, show_bench, with_provenance
-
-        sizes, counts = numbers(mib, "--mib"), numbers(threads, "--threads")
-        with console.progress("cases") as advance:
-            rows = run_bench(sizes, counts, dtype, channels, repeats, advance)
-        show_bench(rows)
-        console.write_json(json, with_provenance(rows))
-
-
 @app.command(epilog="Example: kvprism doctor --json doctor.json")
 def doctor(json: Json = None) -> None:
     """Check this installation: versions, models, loopback, codec speed."""
@@ -389,11 +356,12 @@ def worker(
     token_file: Annotated[Path, typer.Option("--token-file")],
     cache_dtype: Annotated[str, typer.Option("--cache-dtype")] = "bfloat16",
     profile: Annotated[Path | None, typer.Option("--profile")] = None,
+    host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
 ) -> None:
     """Be the prefill or the decode worker of a parent that speaks JSON lines."""
     from kvprism.integrations.worker import serve
 
-    serve(role, model, token_file, cache_dtype, profile)
+    serve(role, model, token_file, cache_dtype, profile, host)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ take each layer's problem from another row and give the layers weights of its ow
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def eviction_problem(
         Unsupported: heads choose for themselves and components have other numbers of them.
     """
     row = EVICTIONS[policy]
-    scores = [row.scorer(layer) for layer in view]
+    scores = [layer.once(("eviction", row.scorer), partial(row.scorer, layer)) for layer in view]
     known: Sequence[torch.Tensor | None] = scores or [None] * len(shape.layers)
     layers = [
         layer_problem(row, layer, score, capability)

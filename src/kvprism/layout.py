@@ -8,9 +8,11 @@ plane holds one row per (head, token) whose tier uses it, head-major; a dropped 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from kvprism.core import (
@@ -181,16 +183,30 @@ def plane_nbytes(
     """Bytes of every non-empty plane of a block, in plane order."""
     rows = _distinct_rows(tier_of)
     repeated = len(tier_of) // len(rows)
-    counts = np.bincount(rows.reshape(-1), minlength=len(menu)) * repeated
+    counts = tuple(tuple(np.bincount(row, minlength=len(menu)).tolist()) for row in rows)
+    return dict(counted_nbytes(counts, repeated, tuple(menu), channels, itemsize, component))
+
+
+# Layers and components that take the same tiers ask for the same sizes, again and again.
+@lru_cache(maxsize=256)
+def counted_nbytes(
+    counts: tuple[tuple[int, ...], ...],
+    repeated: int,
+    menu: tuple[Tier, ...],
+    channels: int,
+    itemsize: int,
+    component: str,
+) -> Mapping[Plane, int]:
+    """The same from how many tokens of each head take each tier; repeated: heads per row."""
     sizes = dict.fromkeys(Plane, 0)
-    for index, (tier, count) in enumerate(zip(menu, counts, strict=True)):
+    for tier, by_head in zip(menu, zip(*counts, strict=True), strict=True):
+        count = repeated * sum(by_head)
         for plane in planes_of(tier):
             if plane != Plane.SCALE:
-                sizes[plane] += int(count) * plane_row_nbytes(plane, channels, itemsize)
+                sizes[plane] += count * plane_row_nbytes(plane, channels, itemsize)
                 continue
             scales = scales_of(tier.codec, component)
-            by_head = (rows == index).sum(axis=1) if scales.tokens > 1 else [count // repeated]
-            sizes[plane] += repeated * sum(scales.nbytes(int(n), channels) for n in by_head)
+            sizes[plane] += repeated * sum(scales.nbytes(n, channels) for n in by_head)
     return {plane: size for plane, size in sizes.items() if size}
 
 
@@ -242,17 +258,29 @@ def pack_tier_map(tier_of: TierArray) -> TierMap:
     rows = _distinct_rows(tier_of)
     flat = rows.reshape(-1)
     counts = np.bincount(flat, minlength=MAX_MENU)
-    palette = np.flatnonzero(counts)
-    if len(palette) == 1:
-        return TierMap(len(rows), UNIFORM, 0, palette.astype(np.uint8).tobytes(), b"")
-    bits = 1 if len(palette) <= 2 else 2 if len(palette) <= 4 else 4
-    by_count = palette[np.argsort(-counts[palette], kind="stable")]
-    if 4 * (len(flat) - counts.max() + len(palette) - 1) < -(-len(flat) * bits // 8):
-        listed = _index_list(flat, by_count)
-        return TierMap(len(rows), INDEX_LIST, 0, by_count.astype(np.uint8).tobytes(), listed)
+    empty = counted_tier_map(tuple(counts.tolist()), len(rows))
+    palette = np.frombuffer(empty.palette, np.uint8)
+    if empty.mode == UNIFORM:
+        return empty
+    if empty.mode == INDEX_LIST:
+        return replace(empty, data=_index_list(flat, palette))
     index = np.searchsorted(palette, flat).astype(np.uint8)
-    packed = _pack_bits(index, bits)
-    return TierMap(len(rows), PACKED, bits, palette.astype(np.uint8).tobytes(), packed)
+    return replace(empty, data=_pack_bits(index, empty.bits))
+
+
+@lru_cache(maxsize=256)
+def counted_tier_map(counts: tuple[int, ...], rows: int = 1) -> TierMap:
+    """A map with as many entries of each tier, in the smallest encoding; its data is zeros."""
+    n = sum(counts)
+    used = [tier for tier, count in enumerate(counts) if count]
+    if len(used) == 1:
+        return TierMap(rows, UNIFORM, 0, bytes(used), b"")
+    bits = 1 if len(used) <= 2 else 2 if len(used) <= 4 else 4
+    listed, packed = 4 * (n - max(counts) + len(used) - 1), -(-n * bits // 8)
+    if listed < packed:
+        used.sort(key=lambda tier: -counts[tier])
+        return TierMap(rows, INDEX_LIST, 0, bytes(used), bytes(listed))
+    return TierMap(rows, PACKED, bits, bytes(used), bytes(packed))
 
 
 def unpack_tier_map(tier_map: TierMap, heads: int, tokens: int, n_menu: int) -> TierArray:
@@ -284,7 +312,7 @@ def _require(condition: bool, found: str) -> None:
         raise ProtocolViolation(f"malformed tier map: {found}")
 
 
-def _index_list(flat: TierArray, palette: NDArray[np.intp]) -> bytes:
+def _index_list(flat: TierArray, palette: TierArray) -> bytes:
     parts = []
     for tier in palette[1:]:
         where = np.flatnonzero(flat == tier).astype("<u4")

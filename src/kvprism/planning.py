@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
 from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
+    ALL_NATIVE,
+    EVICT,
     TWO_TIER,
     Pinned,
     TokenProblem,
@@ -138,7 +141,7 @@ def plan(
 def plan_shape(
     shape: KVShape,
     policy: str,
-    budget: str | None,
+    budget: str | float | Budget | None,
     options: PlanOptions = DEFAULT_OPTIONS,
     profile: Profile | None = None,
 ) -> Plan:
@@ -181,11 +184,12 @@ def _evict(
 ) -> Plan:
     if nominal:
         return solve_nominal_eviction(problem, nominal_fraction(budget))
-    given = _given(problem.policy, budget)
-    return solve_eviction(problem, _limit(given, shape, lambda: problem.plan(0).nbytes))
+    given = required_budget(problem.policy, budget)
+    return solve_eviction(problem, budget_limit(given, shape, lambda: problem.plan(0).nbytes))
 
 
-def _given(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
+def required_budget(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
+    """Raises `BadInput` where there is none."""
     if budget is None:
         raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
     return budget
@@ -202,7 +206,9 @@ def split_floor(budget: str | float | Budget) -> tuple[bool, str | float | Budge
     return (False, budget) if match is None else (True, match[1])
 
 
-def _limit(given: str | float | Budget, shape: KVShape, smallest: Callable[[], int]) -> Budget:
+def budget_limit(
+    given: str | float | Budget, shape: KVShape, smallest: Callable[[], int]
+) -> Budget:
     """The budget in bytes; smallest: of the policy's plans, where the budget counts from it."""
     from_floor, beyond = split_floor(given)
     more = 0 if beyond is None else Budget.parse(beyond, shape).nbytes
@@ -295,12 +301,12 @@ def _solve(
     row = POLICIES[policy]
     if budget is None and not row.budgeted:
         return solve_prompt(problems, shape, None)
-    given, shares = _given(policy, budget), layer_shares(shape, profile)
+    given, shares = required_budget(policy, budget), layer_shares(shape, profile)
     if row.tempo == "per_layer":
-        limit = _limit(given, shape, lambda: smallest_layers(problems, shape, shares))
+        limit = budget_limit(given, shape, lambda: smallest_layers(problems, shape, shares))
         return solve_layers(problems, shape, limit, shares)
     return solve_prompt(
-        problems, shape, _limit(given, shape, lambda: smallest_prompt(problems, shape))
+        problems, shape, budget_limit(given, shape, lambda: smallest_prompt(problems, shape))
     )
 
 
@@ -332,7 +338,7 @@ def _problems(
         ]
     views = {layer.kv.layer_id: layer for layer in view}
     problems = [
-        _problem(policy, group[0], [views[la.layer_id] for la in group if view], options, code)
+        token_problem(policy, group[0], [views[la.layer_id] for la in group if view], options, code)
         for group in groups
     ]
     problems = [replace(problem, split=split) for problem in problems]
@@ -351,9 +357,10 @@ def _without_int4(
     ]
 
 
-def _problem(
+def token_problem(
     policy: str, layer: LayerShape, view: Sequence[LayerView], options: PlanOptions, code: Code
 ) -> TokenProblem:
+    """What the token solver is asked for layers like `layer`; without a view it is a dry run."""
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
     native = np.flatnonzero(protected(row.sinks, row.recent, layer))
@@ -363,7 +370,7 @@ def _problem(
         order=order[~np.isin(order, native)],
         protected=native,
         menu=code.menu,
-        pinned=_pinned(view, code),
+        pinned={} if row.family in (ALL_NATIVE, EVICT) else _pinned(view, code),
     )
 
 
@@ -389,7 +396,11 @@ def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:
         given = code.conditioning.get(layer.kv.layer_id)
         keys = None if given is None else Conditioned(given, layer.kv.positions.cpu())
         for name, x in layer.kv.components.items():
-            fits = quantisable(x, code.menu, keys if name == KEYS else None)
+            conditioned = keys if name == KEYS else None
+            find = partial(quantisable, x, code.menu, conditioned)
+            key = ("quantisable", name, code.menu)
+            # Conditioned keys depend on a profile that may be another the next time.
+            fits = layer.once(key, find) if conditioned is None else find()
             if not fits.all():
                 pinned.setdefault(layer.kv.layer_id, {})[name] = ~fits
     return pinned

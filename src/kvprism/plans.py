@@ -1,6 +1,6 @@
 """Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -8,13 +8,24 @@ from itertools import product
 import msgspec
 import numpy as np
 
-from kvprism.core import DROP_CODEC, MENU, Capability, KVShape, LayerShape, Tier
+from kvprism.core import (
+    DROP_CODEC,
+    MENU,
+    Capability,
+    ComponentShape,
+    KVShape,
+    LayerShape,
+    Tier,
+)
 from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.layout import (
     WHOLE,
+    Plane,
     Split,
     TierArray,
     check_menu,
+    counted_nbytes,
+    counted_tier_map,
     pack_tier_map,
     plane_nbytes,
     ranges,
@@ -36,6 +47,9 @@ from kvprism.wire.messages import (
     TierEntry,
     TierMap,
 )
+
+# A block's tier map, and the bytes of its planes.
+Contents = tuple[TierMap, Mapping[Plane, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +77,19 @@ class LayerPlan:
                     f"{list(expected)} tiers, got {got.dtype} {list(got.shape)}"
                 )
 
+    def contents(
+        self,
+        component: ComponentShape,
+        heads: tuple[int, int],
+        tokens: tuple[int, int],
+        menu: Sequence[Tier],
+    ) -> Contents:
+        """What a block of this layer holds."""
+        name, _, channels = component
+        tiers = tiers_in(self, name, heads, tokens)
+        sizes = plane_nbytes(tiers, menu, channels, self.shape.itemsize, name)
+        return pack_tier_map(tiers), sizes
+
     def check_drops(self, menu: Sequence[Tier], capability: Capability) -> None:
         """Refuse a layer whose missing tokens the receiver cannot hold.
 
@@ -89,6 +116,32 @@ class LayerPlan:
                 f"layer {self.shape.layer_id} drops other tokens in some heads or components than "
                 "in others and the receiver's capability is drop=uniform; drop the same in all"
             )
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """How many tokens of a layer take each tier, the same ones in every component and head.
+
+    That is all its size depends on: no array of tiers is made for it. counts: of a token range, in
+    global numbers, for each tier of the menu.
+    """
+
+    shape: LayerShape
+    counts: Callable[[tuple[int, int]], tuple[int, ...]]
+
+    def contents(
+        self,
+        component: ComponentShape,
+        heads: tuple[int, int],
+        tokens: tuple[int, int],
+        menu: Sequence[Tier],
+    ) -> Contents:
+        """What a block of this layer holds, with zeros for its tier map."""
+        counts, (name, _, channels) = self.counts(tokens), component
+        sizes = counted_nbytes(
+            (counts,), heads[1] - heads[0], tuple(menu), channels, self.shape.itemsize, name
+        )
+        return counted_tier_map(counts), sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +237,7 @@ def offer_of(
 
 
 def manifests_of(
-    layer: LayerPlan,
+    layer: LayerPlan | LayerCounts,
     menu: Sequence[Tier],
     split: Split = WHOLE,
     first_sequence: int = 0,
@@ -224,39 +277,44 @@ def tiers_in(
 
 
 def _blocks(
-    layer: LayerPlan, menu: Sequence[Tier], heads: tuple[int, int], tokens: tuple[int, int]
+    layer: LayerPlan | LayerCounts,
+    menu: Sequence[Tier],
+    heads: tuple[int, int],
+    tokens: tuple[int, int],
 ) -> tuple[tuple[TierMap, ...], tuple[Block, ...]]:
     """A manifest's blocks, and the tier maps that they share."""
     maps: list[TierMap] = []
     blocks = []
-    for name, n_heads, channels in layer.shape.components:
-        own = (heads[0], min(heads[1], n_heads))
+    for component in layer.shape.components:
+        own = (heads[0], min(heads[1], component.heads))
         if own[0] >= own[1]:
             continue
-        tiers = tiers_in(layer, name, own, tokens)
-        tier_map = pack_tier_map(tiers)
+        tier_map, sizes = layer.contents(component, own, tokens, menu)
         if tier_map not in maps:
             maps.append(tier_map)
-        sizes = plane_nbytes(tiers, menu, channels, layer.shape.itemsize, name)
         segments = tuple(
             Segment(int(plane), size, bytes(8 * -(-size // DIGEST_BLOCK)))
             for plane, size in sizes.items()
         )
-        blocks.append(
-            Block(layer.shape.layer_id, name, own, tokens, maps.index(tier_map), segments)
-        )
+        name, index = component.name, maps.index(tier_map)
+        blocks.append(Block(layer.shape.layer_id, name, own, tokens, index, segments))
     return tuple(maps), tuple(blocks)
 
 
 def layer_nbytes(
-    layer: LayerPlan, menu: Sequence[Tier], split: Split = WHOLE, first_sequence: int = 0
+    layer: LayerPlan | LayerCounts,
+    menu: Sequence[Tier],
+    split: Split = WHOLE,
+    first_sequence: int = 0,
 ) -> tuple[int, int]:
     """Exact wire bytes of one layer, and how many manifests carry it."""
     sizes = [manifest_nbytes(m) for m in manifests_of(layer, menu, split, first_sequence)]
     return sum(sizes), len(sizes)
 
 
-def stream_nbytes(layers: Sequence[LayerPlan], menu: Sequence[Tier], split: Split = WHOLE) -> int:
+def stream_nbytes(
+    layers: Sequence[LayerPlan | LayerCounts], menu: Sequence[Tier], split: Split = WHOLE
+) -> int:
     """Length of the stream that carries these layers, from the plan alone."""
     nbytes = frame_nbytes(offer_of(KVShape(tuple(la.shape for la in layers)), menu))
     sequence = 0

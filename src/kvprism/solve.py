@@ -5,11 +5,11 @@ c(16) = 1, c(8) = 1/2, c(4) = 1/4, blind to scales, maps and headers. A `Family`
 the exact planners find the largest b whose plan, to the last wire byte, fits the budget.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby, pairwise
+from functools import cache, cached_property, partial
+from itertools import accumulate, groupby, pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from kvprism.core import Budget, KVShape, LayerShape, Tier, apportion, least_tot
 from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.layout import WHOLE, Split, TierArray, row_nbytes
 from kvprism.plans import (
+    LayerCounts,
     LayerPlan,
     Plan,
     end_of,
@@ -123,13 +124,55 @@ class TokenProblem:
 
     def tiers(self, b: float) -> TierArray:
         """uint8 `[token]` at nominal budget b."""
-        counts = self.family.counts(b, len(self.order))
+        return self._assigned(self.family.counts(b, len(self.order)))
+
+    def _assigned(self, counts: TierCounts) -> TierArray:
         tiers = np.full(len(self.order) + len(self.protected), DROP_INDEX, np.uint8)
         bounds = np.cumsum([0, *counts])
         for tier, (low, high) in enumerate(pairwise(bounds)):
             tiers[self.order[low:high]] = tier
         tiers[self.protected] = NATIVE_INDEX
         return tiers
+
+    def counted(
+        self, shape: LayerShape, counts: TierCounts, in_range: Callable[[int], tuple[int, ...]]
+    ) -> LayerPlan | LayerCounts:
+        """A layer with so many tokens of `order` in each tier, for its size alone.
+
+        in_range: `counter(counts)`, which all layers of one size share.
+        """
+        if shape.layer_id in self.pinned:
+            return self.layer(shape, self._assigned(counts))
+        start, step = shape.token_range[0], self.split.tokens or shape.n_tokens
+        return LayerCounts(shape, lambda tokens: in_range((tokens[0] - start) // step))
+
+    def counter(self, counts: TierCounts) -> Callable[[int], tuple[int, ...]]:
+        """How many tokens each tier takes in a token range, by its number in the split."""
+        bounds = [0, *accumulate(counts), len(self.order)]
+        more = (0,) * (len(self.menu) - DROP_INDEX - 1)
+
+        @cache
+        def in_range(number: int) -> tuple[int, ...]:
+            ranks, native = self._ranges[number]
+            at = bounds if len(self._ranges) == 1 else [bisect_left(ranks, b) for b in bounds]
+            first, *others = (high - low for low, high in pairwise(at))
+            return (first + native, *others, *more)
+
+        return in_range
+
+    @cached_property
+    def _ranges(self) -> list[tuple[Sequence[int], int]]:
+        """Of each token range that the split makes: ranks in `order`, and protected tokens."""
+        n = len(self.order) + len(self.protected)
+        if self.split.tokens is None or self.split.tokens >= n:
+            return [((), len(self.protected))]
+        ends = np.arange(self.split.tokens, n + self.split.tokens, self.split.tokens)
+        of_rank = np.searchsorted(ends, self.order, "right")
+        of_native = np.searchsorted(ends, self.protected, "right")
+        ranks = np.argsort(of_rank, kind="stable")
+        cuts = np.searchsorted(of_rank[ranks], np.arange(1, len(ends)))
+        native = np.bincount(of_native, minlength=len(ends)).tolist()
+        return list(zip((part.tolist() for part in np.split(ranks, cuts)), native, strict=True))
 
     def layer(self, shape: LayerShape, tiers: TierArray) -> LayerPlan:
         """The same `[token]` tiers for every component and head of a layer, pinned rows native."""
@@ -145,6 +188,7 @@ class TokenProblem:
 
 
 Planned = Sequence[tuple[TokenProblem, LayerShape]]
+Sizes = Callable[[Sequence[LayerPlan | LayerCounts]], int]
 
 
 def _layers(planned: Planned, b: float) -> tuple[LayerPlan, ...]:
@@ -172,7 +216,7 @@ class _Curve:
     so it bounds where to look.
     """
 
-    def __init__(self, planned: Planned, nbytes: Callable[[Sequence[LayerPlan]], int]) -> None:
+    def __init__(self, planned: Planned, nbytes: Sizes) -> None:
         self._planned, self._nbytes = planned, nbytes
         self._problems = _distinct_problems(planned)
         self._floor = _floor_of(self._problems)
@@ -183,11 +227,9 @@ class _Curve:
             _token_nbytes(problem, [layer for its, layer in planned if its is problem])
             for problem in self._problems
         ]
+        nothing = (0,) * DROP_INDEX
         self._framing = nbytes(
-            [
-                problem.layer(layer, np.full(layer.n_tokens, DROP_INDEX, np.uint8))
-                for problem, layer in planned
-            ]
+            [LayerCounts(la, lambda t: (*nothing, t[1] - t[0])) for _, la in planned]
         )
 
     def smallest(self) -> int:
@@ -213,7 +255,11 @@ class _Curve:
         return [problem.family.counts(b, len(problem.order)) for problem in self._problems]
 
     def _cost(self, step: int) -> int:
-        return self._nbytes(_layers(self._planned, self._b(step)))
+        counts = zip(self._problems, self._counts(step), strict=True)
+        shared = {problem: (its, problem.counter(its)) for problem, its in counts}
+        return self._nbytes(
+            [problem.counted(la, *shared[problem]) for problem, la in self._planned]
+        )
 
     def _least(self, step: int) -> int:
         nbytes = self._framing
@@ -323,12 +369,36 @@ def solve_layers(
     first = problems[0]
     if needed > budget.nbytes:
         raise BudgetTooSmall(first.policy, needed, budget.nbytes, shape.reference_nbytes)
-    parts = apportion(budget.nbytes - framing, shares)
+    parts = layer_budgets(shape, first.menu, first.split, budget, shares)
     layers = tuple(
         problem.layer(layer, problem.tiers(curve.largest(part)))
         for problem, layer, curve, part in zip(problems, shape.layers, curves, parts, strict=True)
     )
     return Plan(layers, first.menu, first.split, first.policy)
+
+
+def layer_budgets(
+    shape: KVShape, menu: Sequence[Tier], split: Split, budget: Budget, shares: Sequence[float]
+) -> list[int]:
+    """What each layer may take of a budget: its share of what the frames around all leave."""
+    return apportion(budget.nbytes - _framing_nbytes(shape, menu, split), shares)
+
+
+def solve_layer(
+    problem: TokenProblem, layer: LayerShape, first_sequence: int, nbytes: int
+) -> LayerPlan:
+    """One layer of `solve_layers`, within the bytes that `layer_budgets` gives it.
+
+    first_sequence: how many manifests go before it.
+
+    Raises:
+        BudgetTooSmall: no member of the family fits; carries what this layer alone needs.
+    """
+    curve = _layer_curve(problem, layer, first_sequence)
+    needed = curve.smallest()
+    if needed > nbytes:
+        raise BudgetTooSmall(problem.policy, needed, nbytes, layer.reference_nbytes)
+    return problem.layer(layer, problem.tiers(curve.largest(nbytes)))
 
 
 def smallest_layers(
@@ -346,18 +416,27 @@ def _smallest(curves: Sequence[_Curve], framing: int, shares: Sequence[float]) -
 
 def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[list[_Curve], int]:
     """A curve per layer, and the bytes of the frames around all of them."""
-    menu, split = problems[0].menu, problems[0].split
     curves, sequence = [], 0
     for problem, layer in zip(problems, shape.layers, strict=True):
-        curves.append(_Curve([(problem, layer)], partial(_one_nbytes, menu, split, sequence)))
-        sequence += n_manifests(layer, split)
+        curves.append(_layer_curve(problem, layer, sequence))
+        sequence += n_manifests(layer, problem.split)
+    return curves, _framing_nbytes(shape, problems[0].menu, problems[0].split)
+
+
+def _layer_curve(problem: TokenProblem, layer: LayerShape, first_sequence: int) -> _Curve:
+    nbytes = partial(_one_nbytes, problem.menu, problem.split, first_sequence)
+    return _Curve([(problem, layer)], nbytes)
+
+
+def _framing_nbytes(shape: KVShape, menu: Sequence[Tier], split: Split) -> int:
+    sequence = sum(n_manifests(layer, split) for layer in shape.layers)
     # END counts the bytes before it, which are not known yet: room for the longest number.
     end = frame_nbytes(end_of(sequence, MAX_NBYTES))
-    return curves, frame_nbytes(offer_of(shape, menu)) + end
+    return frame_nbytes(offer_of(shape, menu)) + end
 
 
 def _one_nbytes(
-    menu: Sequence[Tier], split: Split, sequence: int, layers: Sequence[LayerPlan]
+    menu: Sequence[Tier], split: Split, sequence: int, layers: Sequence[LayerPlan | LayerCounts]
 ) -> int:
     [layer] = layers
     return layer_nbytes(layer, menu, split, sequence)[0]

@@ -1,8 +1,8 @@
 """The tensors of a request: LayerKV, RequestKV, LayerView. They compare by identity."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -13,6 +13,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a capture records only when it is asked to, because it costs time on every prompt.
 Signal = Literal["mass", "future_queries"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +152,14 @@ class LayerView:
     softcap: float | None = None
     mass: torch.Tensor | None = None
     future_queries: QueryStatistics | None = None
+    _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, find: Callable[[], T]) -> T:
+        """What `find` makes of this layer, found once: a table plans one prompt many times."""
+        if key not in self._found:
+            self._found[key] = find()
+        found: T = self._found[key]
+        return found
 
     def __post_init__(self) -> None:
         self._check_signals()

@@ -39,6 +39,37 @@ def test_captured_queries_keys_and_values_equal_an_independent_computation(model
             torch.testing.assert_close(x, y[:, -x.shape[1] :], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_each_layer_is_told_of_in_order_and_is_the_one_that_is_returned(model, dtype):
+    expected = hf.capture(model, tokens(N_PROMPT), cache_dtype=dtype)
+    told, seen = [], []
+
+    def on_layer(view):
+        told.append(view)
+        seen.append({name: x.clone() for name, x in view.kv.components.items()})
+
+    kv, views = hf.capture(model, tokens(N_PROMPT), cache_dtype=dtype, on_layer=on_layer)
+    assert told == list(views) and [view.kv for view in views] == list(kv.layers)
+    for mine, alone, early in zip(views, expected[1], seen, strict=True):
+        assert torch.equal(mine.queries, alone.queries)
+        assert torch.equal(mine.kv.positions, alone.kv.positions)
+        for name, x in alone.kv.components.items():
+            # Already what it stays: nothing of the later layers changes what has left.
+            assert torch.equal(early[name], x) and torch.equal(mine.kv.components[name], x)
+
+
+def test_what_a_layers_listener_raises_ends_the_prefill(llama):
+    told = []
+
+    def refuse(view):
+        told.append(view.kv.layer_id)
+        raise BadInput("enough")
+
+    with pytest.raises(BadInput, match="enough"):
+        hf.capture(llama, tokens(N_PROMPT), on_layer=refuse)
+    assert told == [0]
+
+
 def test_capturing_twice_gives_the_same_bits(llama):
     first, second = hf.capture(llama, tokens(N_PROMPT)), hf.capture(llama, tokens(N_PROMPT))
     for x, y in zip(first[0].layers, second[0].layers, strict=True):

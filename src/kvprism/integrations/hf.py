@@ -184,7 +184,7 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
-        kvprism_recorder.record(module.layer_idx, query, key, kwargs)
+        kvprism_recorder.record(module.layer_idx, query, key, value, kwargs)
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
@@ -204,7 +204,7 @@ class _QueryRecorder:
     """Collects one prefill's post-RoPE queries `[q_head, window, channel]`, layer by layer.
 
     windows: of each layer, how many positions a query sees, or None; frequencies: the model's RoPE,
-    for the signal `future_queries`.
+    for the signal `future_queries`; on_layer, cache_dtype: as in `capture`.
     """
 
     def __init__(
@@ -213,10 +213,14 @@ class _QueryRecorder:
         signals: Collection[Signal],
         windows: Sequence[int | None],
         frequencies: torch.Tensor | None,
+        on_layer: Callable[[LayerView], None] | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.window = window
         self._signals, self._windows, self._frequencies = signals, windows, frequencies
+        self._on_layer, self._cache_dtype = on_layer, cache_dtype
         self.views: dict[int, dict[str, Any]] = {}
+        self.ready: dict[int, LayerView] = {}
 
     def view(self, kv: LayerKV) -> LayerView:
         """A captured layer with its signals: what is of its own tokens, at most."""
@@ -229,7 +233,12 @@ class _QueryRecorder:
         return LayerView(kv, **(recorded | own))
 
     def record(
-        self, layer_id: int, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+        self,
+        layer_id: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kwargs: dict[str, Any],
     ) -> None:
         scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
         window = self._windows[layer_id]
@@ -243,6 +252,12 @@ class _QueryRecorder:
         if self._frequencies is not None:
             recorded["future_queries"] = query_statistics(query[0], self._frequencies)
         self.views[layer_id] = recorded
+        if self._on_layer is not None:
+            start = first_visible(window, key.shape[-2])
+            x = key[0, :, start:], value[0, :, start:]
+            kv = _layer(layer_id, *x, (start, key.shape[-2]), self._cache_dtype)
+            self.ready[layer_id] = self.view(kv)
+            self._on_layer(self.ready[layer_id])
 
 
 def capture(
@@ -252,6 +267,7 @@ def capture(
     window: int = 32,
     cache_dtype: torch.dtype | None = None,
     signals: Collection[Signal] = (),
+    on_layer: Callable[[LayerView], None] | None = None,
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """Prefill `ids` in one unperturbed call; keep each layer's K/V and the last queries.
 
@@ -263,6 +279,10 @@ def capture(
     signals: what some policies need besides (`policies.signals_of` says which), at a price: `mass`
     computes the attention of the whole prompt a second time, in chunks of queries;
     `future_queries` takes mean and covariance of all queries.
+
+    on_layer: called with each layer as soon as its keys and values exist, before its own attention
+    and the layers after it are computed, so that it can leave meanwhile; what it raises ends the
+    prefill. The views that it saw are those that are returned.
 
     Raises:
         UnknownName: no such signal.
@@ -278,18 +298,21 @@ def capture(
         raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
     ids = _check_ids(model, ids)
     wrap_attention(model)
-    recorder = _QueryRecorder(window, signals, sliding_windows, _frequencies(model, signals))
+    frequencies = _frequencies(model, signals)
+    recorder = _QueryRecorder(window, signals, sliding_windows, frequencies, on_layer, cache_dtype)
     with torch.no_grad():
         out = model(ids, use_cache=True, logits_to_keep=1, kvprism_recorder=recorder)
     n_tokens = ids.shape[1]
-    layers = tuple(
-        _captured(i, layer, (first_visible(sliding, n_tokens), n_tokens), cache_dtype)
+    views = tuple(
+        recorder.ready.get(i)
+        or recorder.view(
+            _captured(i, layer, (first_visible(sliding, n_tokens), n_tokens), cache_dtype)
+        )
         for i, (layer, sliding) in enumerate(
             zip(getattr(out, CACHE).layers, sliding_windows, strict=True)
         )
     )
-    views = tuple(recorder.view(kv) for kv in layers)
-    return RequestKV(layers, n_tokens), views
+    return RequestKV(tuple(view.kv for view in views), n_tokens), views
 
 
 def _frequencies(model: PreTrainedModel, signals: Collection[Signal]) -> torch.Tensor | None:
@@ -304,9 +327,19 @@ def _captured(
     layer_id: int, layer: Any, token_range: tuple[int, int], dtype: torch.dtype | None
 ) -> LayerKV:
     """A layer of transformers' own cache; of a longer prompt, a window's part is copied out."""
-    components = {"k": layer.keys[0], "v": layer.values[0]}
+    return _layer(layer_id, layer.keys[0], layer.values[0], token_range, dtype)
+
+
+def _layer(
+    layer_id: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    token_range: tuple[int, int],
+    dtype: torch.dtype | None,
+) -> LayerKV:
+    components = {"k": keys, "v": values}
     kept = {name: x.to(dtype or x.dtype).contiguous() for name, x in components.items()}
-    return LayerKV(layer_id, kept, torch.arange(*token_range, device=layer.keys.device))
+    return LayerKV(layer_id, kept, torch.arange(*token_range, device=keys.device))
 
 
 def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,14 +11,16 @@ from typing import Any, TypeVar
 import torch
 
 from kvprism.codec.stream import encode
-from kvprism.core import ITEMSIZE, Capability
+from kvprism.core import ITEMSIZE, Capability, KVShape
 from kvprism.errors import BadInput, PositionMismatch, UnknownName
 from kvprism.integrations import hf
-from kvprism.pipeline import Receiver, Sender
+from kvprism.layerwise import LayerPlanner, leaves_early
+from kvprism.pipeline import LayerSender, Receiver, Sender, Sent
 from kvprism.planning import PlanOptions, plan
 from kvprism.plans import Plan
+from kvprism.policies import signals_of
 from kvprism.profiles import Profile
-from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
+from kvprism.tensors import DTYPE_NAMES, DTYPES, LayerView, RequestKV, Signal
 
 T = TypeVar("T")
 
@@ -89,6 +92,7 @@ class PrefillWorker(_Role):
         self._cache_dtype = DTYPES[cache_dtype]
         self._captured: tuple[RequestKV, tuple[LayerView, ...]] | None = None
         self._plan: Plan | None = None
+        self._sender: Sender | None = None
 
     def prefill(self, ids: list[int], signals: Sequence[Signal] = ()) -> dict[str, Any]:
         """Run the prompt but for its last token, and keep its cache and what policies need of it.
@@ -172,6 +176,107 @@ class PrefillWorker(_Role):
             "transfer_ms": 1000 * (sent.seconds - sent.encode_s),
         }
 
+    def pace(self, bytes_per_s: int | None) -> None:
+        """As `Sender.pace`, on the connection of `serve`."""
+        _required(self._sender, "served").pace(bytes_per_s)
+
+    def time_layers(self, ids: list[int]) -> dict[str, Any]:
+        """A prefill and nothing else: when each layer's keys and values exist, and how long."""
+        ready: list[float] = []
+        started, computed = time.perf_counter(), time.thread_time()
+        hf.capture(
+            self._model,
+            torch.tensor(ids[:-1]),
+            cache_dtype=self._cache_dtype,
+            on_layer=lambda _: ready.append(time.perf_counter() - started),
+        )
+        return {
+            "layer_ready_s": ready,
+            "prefill_s": time.perf_counter() - started,
+            "prefill_cpu_s": time.thread_time() - computed,
+        }
+
+    def serve(
+        self,
+        ids: list[int],
+        policy: str,
+        budget: str | None,
+        address: tuple[str, int],
+    ) -> dict[str, Any]:
+        """One request from prompt to acknowledgement, over a connection that is kept.
+
+        Where the policy plans by layer, a layer leaves while the next are computed. `started_at` is
+        on the clock that all processes of a machine share.
+        """
+        sender = self._sender or self.connect(*address, allow_remote=True)
+        self._sender = None  # a request that breaks off takes its connection with it
+        serve = self._serve_layers if leaves_early(policy) else self._serve_prompt
+        started = time.monotonic()
+        with _closing_on_error(sender):
+            timings, sent = serve(sender, torch.tensor(ids[:-1]), policy, budget)
+        self._sender = sender
+        shape = self._shape(len(ids) - 1)
+        return {
+            "started_at": started,
+            "overlap": leaves_early(policy),
+            "encode_s": sent.encode_s,
+            "transfer_s": sent.seconds - sent.encode_s,
+            "wire_bytes": sent.wire_nbytes,
+            "layer_nbytes": sent.layer_nbytes,
+            "reference_bytes": shape.reference_nbytes,
+            "native_bytes": shape.native_nbytes,
+            **timings,
+        }
+
+    def _shape(self, n_tokens: int) -> KVShape:
+        return hf.shape_of(self._model, n_tokens, DTYPE_NAMES[self._cache_dtype])
+
+    def _serve_layers(
+        self,
+        sender: Sender,
+        prompt: torch.Tensor,
+        policy: str,
+        budget: str | None,
+    ) -> tuple[dict[str, float], Sent]:
+        started, computed = time.perf_counter(), time.thread_time()
+        shape, capability = self._shape(len(prompt)), sender.capability
+        planner = LayerPlanner(shape, policy, budget, capability=capability, profile=self._profile)
+        planner_s, planner_cpu_s = time.perf_counter() - started, time.thread_time() - computed
+        transfer = sender.open(shape, planner.menu, planner.split)
+        opened = time.perf_counter()
+        with LayerSender(transfer, planner.plan) as layers:
+            hf.capture(self._model, prompt, cache_dtype=self._cache_dtype, on_layer=layers.put)
+            prefill_s = time.perf_counter() - opened
+            sent = layers.finish()
+        timings = {
+            "prefill_s": prefill_s,
+            "plan_s": planner_s + layers.plan_s,
+            "plan_cpu_s": planner_cpu_s + layers.plan_cpu_s,
+        }
+        return timings, sent
+
+    def _serve_prompt(
+        self,
+        sender: Sender,
+        prompt: torch.Tensor,
+        policy: str,
+        budget: str | None,
+    ) -> tuple[dict[str, float], Sent]:
+        times = [time.perf_counter()]
+        kv, view = hf.capture(
+            self._model, prompt, cache_dtype=self._cache_dtype, signals=signals_of([policy])
+        )
+        times.append(time.perf_counter())
+        capability, computed = sender.capability, time.thread_time()
+        planned = plan(view, policy, budget, capability=capability, profile=self._profile)
+        times.append(time.perf_counter())
+        timings = {
+            "prefill_s": times[1] - times[0],
+            "plan_s": times[2] - times[1],
+            "plan_cpu_s": time.thread_time() - computed,
+        }
+        return timings, sender.send(kv, planned)
+
 
 class DecodeWorker(_Role):
     """Listens, restores caches and continues them.
@@ -242,6 +347,22 @@ class DecodeWorker(_Role):
             "decode_ms": 1000 * received.decode_s,
         }
 
+    def go_on(self, ids: list[int], timeout_s: float) -> dict[str, Any]:
+        """Wait for the cache of `ids` and compute two tokens, on the clock of `serve`."""
+        received = self.receive(timeout_s, len(ids))
+        received_at = time.monotonic()
+        generated = self.generate(ids, 2, ignore_eos=True)
+        first_s, second_s = (generated[f"{which}_token_ms"] / 1000 for which in ("first", "second"))
+        return {
+            "decode_s": received["decode_ms"] / 1000,
+            "received_at": received_at,
+            "first_token_at": received_at + first_s,
+            "first_token_s": first_s,
+            "second_token_s": second_s,
+            "resident_bytes": received["resident_bytes"],
+            "text": generated["text"],
+        }
+
     def generate(self, ids: list[int], n: int, ignore_eos: bool = False) -> dict[str, Any]:
         """Up to `n` greedy tokens after `ids`, of which the cache holds the beginning."""
         times = [time.perf_counter()]
@@ -297,6 +418,16 @@ class DecodeWorker(_Role):
 
 
 ROLES = {"prefill": PrefillWorker, "decode": DecodeWorker}
+
+
+@contextmanager
+def _closing_on_error(sender: Sender) -> Iterator[None]:
+    """Let the peer know at once that no more of a request will come."""
+    try:
+        yield
+    except BaseException:
+        sender.close()
+        raise
 
 
 def ttft_ms(timings: Mapping[str, float]) -> float:

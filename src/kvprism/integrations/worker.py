@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,18 @@ START_SILENCE_S = 60.0
 OFFER_S = 10.0
 PR_SET_PDEATHSIG = 1
 
+LOOPBACK = "127.0.0.1"
 Json = dict[str, Any]
 Say = Callable[[Json], None]
 
 
 def serve(
-    role: str, model: str, token_file: Path, cache_dtype: str, profile: Path | None = None
+    role: str,
+    model: str,
+    token_file: Path,
+    cache_dtype: str,
+    profile: Path | None = None,
+    host: str = LOOPBACK,
 ) -> None:
     """Be a worker until the parent is gone: one JSON request a line, one JSON answer a line."""
     _end_with_parent()
@@ -50,13 +57,19 @@ def serve(
     for work in (partial(_beat, say), partial(_read_requests, requests)):
         threading.Thread(target=work, daemon=True).start()
     workers: list[Any] = []
-    say(_outcome(lambda: workers.append(_load(role, model, token_file, cache_dtype, profile))))
+    load = partial(_load, role, model, token_file, cache_dtype, profile, host)
+    say(_outcome(lambda: workers.append(load())))
     while workers:
         say(_outcome(partial(_answer, workers[0], requests.get())))
 
 
 def _load(
-    role: str, model: str, token_file: Path, cache_dtype: str, profile_file: Path | None
+    role: str,
+    model: str,
+    token_file: Path,
+    cache_dtype: str,
+    profile_file: Path | None,
+    host: str,
 ) -> Any:
     token = load_token(token_file)
     from kvprism.integrations.roles import DecodeWorker, PrefillWorker
@@ -64,7 +77,8 @@ def _load(
 
     profile = None if profile_file is None else Profile.load(profile_file)
     if role == "decode":
-        return DecodeWorker(model, token, profile=profile)
+        allow_remote = host != LOOPBACK
+        return DecodeWorker(model, token, host=host, profile=profile, allow_remote=allow_remote)
     return PrefillWorker(model, token, cache_dtype, profile)
 
 
@@ -116,6 +130,28 @@ def _read_requests(requests: "queue.SimpleQueue[Json]") -> None:
     os._exit(0)  # the parent is gone, whatever the other threads are doing
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker process runs.
+
+    prefix: a command that runs it, such as `ip netns exec NAME`; host: where a decode worker
+    listens; core: the one CPU core that it may use; threads: of torch.
+    """
+
+    prefix: tuple[str, ...] = ()
+    host: str = LOOPBACK
+    core: int | None = None
+    threads: int | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        return os.environ | own
+
+
+ANYWHERE = Place()
+
+
 class Worker:
     """The parent's handle on one worker process, which runs one operation at a time.
 
@@ -131,16 +167,35 @@ class Worker:
         token_file: Path,
         cache_dtype: str,
         profile: Path | None = None,
+        place: Place = ANYWHERE,
     ) -> None:
         self.role, self.busy = role, True  # loading
         # -P: what lies in the working directory must not stand in for a library.
-        command = [sys.executable, "-P", "-m", "kvprism", "worker", role, "--model", model]
+        command = [
+            *place.prefix,
+            sys.executable,
+            "-P",
+            "-m",
+            "kvprism",
+            "worker",
+            role,
+            "--model",
+            model,
+        ]
         command += ["--token-file", str(token_file), "--cache-dtype", cache_dtype]
         command += [] if profile is None else ["--profile", str(profile)]
+        command += ["--host", place.host]
         # A process group of its own: the terminal's Ctrl-C is for the parent to act on.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            env=place.environment,
         )
+        if place.core is not None:
+            os.sched_setaffinity(self._process.pid, {place.core})
         self._answers: queue.SimpleQueue[Json | None] = queue.SimpleQueue()
         self._quiet_s, self._patience_s = 0.0, START_SILENCE_S
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -230,6 +285,14 @@ class Pair:
         worker.start(op, **arguments)
         return self._wait(worker)
 
+    def exchange(self, sending: tuple[str, Json], receiving: tuple[str, Json]) -> tuple[Json, Json]:
+        """One operation of each worker, at once: the prefill worker's answer, the decode's."""
+        self._settle(self.prefill)
+        self._settle(self.decode)
+        self.decode.start(receiving[0], **receiving[1])
+        self.prefill.start(sending[0], **sending[1])
+        return self._wait(self.prefill), self._wait(self.decode)
+
     def transfer(self) -> Json:
         """Send what was planned and restore it; sizes and timings of both sides."""
         if self._address is None:
@@ -276,15 +339,21 @@ class Pair:
 
 @contextmanager
 def worker_pair(
-    model: str, cache_dtype: str = "bfloat16", profile: Path | None = None
+    model: str,
+    cache_dtype: str = "bfloat16",
+    profile: Path | None = None,
+    places: tuple[Place, Place] = (ANYWHERE, ANYWHERE),
 ) -> Iterator[Pair]:
-    """Start both workers side by side, with a token of their own; they load while the body runs."""
+    """Start both workers side by side, with a token of their own; they load while the body runs.
+
+    places: of the prefill and the decode worker.
+    """
     with tempfile.TemporaryDirectory(prefix="kvprism-") as folder:
         token_file = Path(folder) / "token"
         create_token(token_file)
         with (
-            Worker("prefill", model, token_file, cache_dtype, profile) as prefill,
-            Worker("decode", model, token_file, cache_dtype, profile) as decode,
+            Worker("prefill", model, token_file, cache_dtype, profile, places[0]) as prefill,
+            Worker("decode", model, token_file, cache_dtype, profile, places[1]) as decode,
         ):
             yield Pair(prefill, decode)
 

@@ -20,12 +20,14 @@ def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
     heads, tokens, channels = keys.shape
     window = view.queries.shape[1]
     queries = view.queries.to(keys.dtype).reshape(heads, -1, channels)
-    logits = queries @ keys.transpose(1, 2) * view.softmax_scale
+    logits = (queries @ keys.transpose(1, 2)).mul_(view.softmax_scale)
     if view.softcap is not None:
-        logits = torch.tanh(logits / view.softcap) * view.softcap
+        logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
     logits = logits.view(heads, -1, window, tokens)
-    future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tokens - window + 1)
-    return logits.masked_fill(future, torch.finfo(logits.dtype).min)
+    # The window stands at the end: no query of it has a future before its own positions.
+    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., tokens - window :].masked_fill_(future, torch.finfo(logits.dtype).min)
+    return logits
 
 
 def window_weights(view: LayerView, window: int = WINDOW) -> torch.Tensor:

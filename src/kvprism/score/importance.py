@@ -75,11 +75,15 @@ def ranking(
         BadInput: a decay that is negative or not finite.
     """
     check_decay(decay)
-    score = torch.stack([SCORERS[kind](view).double().mean(dim=0) for view in views]).mean(dim=0)
+    score = torch.stack([_mean_over_heads(view, kind) for view in views]).mean(dim=0)
     if kind == "position":
         return score
     distance = torch.arange(len(score), 0, -1, dtype=score.dtype, device=score.device)
     return score.clamp_min(torch.finfo(score.dtype).tiny).log() - decay * distance
+
+
+def _mean_over_heads(view: LayerView, kind: str) -> torch.Tensor:
+    return view.once(("importance", kind), lambda: SCORERS[kind](view).double().mean(dim=0))
 
 
 def check_decay(decay: float) -> None:

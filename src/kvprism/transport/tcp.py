@@ -22,6 +22,7 @@ Buffer = bytes | bytearray | memoryview
 
 SILENCE_S = 4.0
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
+_SO_MAX_PACING_RATE, _UNPACED = 47, 2**64 - 1  # of Linux; Python does not name it
 _KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # not on every system
 
 
@@ -72,6 +73,20 @@ class Connection:
             raise PeerLost(f"{self._peer} closed the connection")
         self.bytes_received += n
         return n
+
+    def pace(self, bytes_per_s: int | None) -> None:
+        """Have the system send at most so fast; None: as fast as it goes.
+
+        Raises:
+            TransportError: this system cannot.
+        """
+        rate = _UNPACED if bytes_per_s is None else bytes_per_s
+        try:
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate.to_bytes(8, "little")
+            )
+        except OSError as error:
+            raise TransportError(f"this system paces no connection: {error.strerror}") from error
 
     def readable(self, timeout_s: float) -> bool:
         """Whether `recv_into` would return, or raise, without waiting."""

@@ -1,0 +1,243 @@
+"""Time to first token between two processes over a link of a given speed, split into its phases.
+
+An arm's repeats take turns with the other arms' on the same link, so that what else the machine
+does meanwhile falls on all. Every time is on the clock that processes of a machine share: TTFT is
+from before the prefill in one process to the first token in the other, with no message of the
+parent in between.
+"""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+from typing import Any
+
+from kvprism.errors import BadInput
+from kvprism.evaluate.arms import RAW, arms_of
+from kvprism.evaluate.links import PACING, TC, Link
+from kvprism.integrations.worker import Pair, Place
+
+WARM_UP = 2
+PREFILLS = 5
+PATIENCE_S = 600.0
+PHASES = ("prefill_s", "plan_s", "encode_s", "transfer_s", "decode_s")
+DEFINITIONS = {
+    "prefill_s": "the prompt without its last token, while layers leave where they leave early",
+    "plan_s": "scores and solver; within prefill_s where layers leave early (overlap)",
+    "plan_share": "processor time of planning over that of the prefill alone",
+    "encode_s": "encoding, on the prefill side; as plan_s",
+    "transfer_s": "from the offer to the acknowledgement, less encode_s; with overlap it contains "
+    "the wait for layers that are not computed yet",
+    "decode_s": "decoding, on the decode side, while other layers are still on their way",
+    "exposed_s": "from the end of the prefill to the whole cache on the decode side",
+    "ttft_p50_s": "from before the prefill to the first token of the decode side; p95 as well",
+    "second_token_s": "one more token: a decode step alone",
+    "bound_s": "what no system could beat on this link: t = 0; for each layer t = max(t, when its "
+    "keys and values exist) + its bytes / link; plus one layer's encode and decode and one decode "
+    "step; without overlap prefill + bytes / link in place of t",
+    "break_even_bits_per_s": "the link on which encode and decode take what the saved bytes do; "
+    "above it compression loses, unless it overlaps",
+    "gain": "1 - TTFT / TTFT of raw on the same link; negative: compression loses",
+}
+
+Row = dict[str, Any]
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: policies at budgets, over links, so many times.
+
+    Raises:
+        UnknownName: no such policy.
+        BadInput: no budget where one is needed, fewer than two tokens, or no repeat.
+    """
+
+    context: int
+    policies: tuple[str, ...]
+    budgets: tuple[str, ...]
+    links: tuple[int, ...]
+    repeats: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context < 2 or self.repeats < 2:
+            raise BadInput(
+                f"a context of at least 2 tokens and at least 2 repeats, got {self.context} and "
+                f"{self.repeats}"
+            )
+        if not self.links or min(self.links) < 1:
+            raise BadInput(f"links must be faster than nothing, got {self.links}")
+        _ = self.arms  # says now what is wrong with a policy or a budget
+
+    @property
+    def arms(self) -> list[tuple[str, str | None]]:
+        """(policy, budget); `raw` first, whether it was named or not."""
+        arms = arms_of(self.policies, self.budgets)
+        return [(arm.policy, None if arm.budget is None else str(arm.budget)) for arm in arms]
+
+
+def places(link: Link, pin: bool) -> tuple[tuple[Place, Place], str]:
+    """Where both workers run, one torch thread each, and that in words.
+
+    pin: a core of its own for each, of those that this process may use.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    own = (cores[0], cores[-1]) if pin else (None, None)
+    said = "not pinned"
+    if pin:
+        said = "a core each" if len(cores) > 1 else "one core for both: they take turns"
+    hosts = ("", link.host)
+    both = [
+        Place(prefix, host or link.host, core, 1)
+        for prefix, host, core in zip(link.prefixes, hosts, own, strict=True)
+    ]
+    return (both[0], both[1]), f"{said}; {len(cores)} of {os.cpu_count()} cores allowed"
+
+
+def run_ttft(
+    pair: Pair, link: Link, vocabulary: int, case: Case, advance: Advance = lambda done, total: None
+) -> list[Row]:
+    """A row for every link and arm; advance: called with (requests done, all).
+
+    Raises:
+        BudgetTooSmall: nothing legal fits a budget.
+        PeerLost, PeerSilent: a worker died, or stands still.
+    """
+    drawn = random.Random(case.seed)
+    ids = [drawn.randrange(vocabulary) for _ in range(case.context)]
+    pair.ready()
+    bench = _Bench(pair, link, ids)
+    total = len(case.arms) * (WARM_UP + len(case.links) * case.repeats)
+    done = 0
+    for _ in range(WARM_UP):
+        for arm in case.arms:
+            bench.sample(*arm)
+            advance(done := done + 1, total)
+    alone = bench.prefills()
+    rows = []
+    for bits_per_s in case.links:
+        bench.set_link(bits_per_s)
+        samples: dict[tuple[str, str | None], list[Row]] = {arm: [] for arm in case.arms}
+        for _ in range(case.repeats):
+            for arm in case.arms:
+                samples[arm].append(bench.sample(*arm))
+                advance(done := done + 1, total)
+        raw = _ttft_p50(samples[case.arms[0]])
+        for arm in case.arms:
+            found = _row(arm, samples[arm], bits_per_s, alone, raw)
+            rows.append({"context": case.context, "shaping": link.shaping, **found})
+    return rows
+
+
+class _Bench:
+    """One connection between both workers, kept for all requests."""
+
+    def __init__(self, pair: Pair, link: Link, ids: list[int]) -> None:
+        self._pair, self._link, self._ids = pair, link, ids
+        self._address = pair.call(pair.decode, "address")
+
+    def set_link(self, bits_per_s: int) -> None:
+        if self._link.shaping == TC:
+            self._link.shape(bits_per_s)
+        elif self._link.shaping == PACING:
+            self._pair.call(self._pair.prefill, "pace", bytes_per_s=bits_per_s // 8)
+
+    def prefills(self) -> Row:
+        """Medians of prefills and nothing else: when each layer exists, and the whole."""
+        found = [
+            self._pair.call(self._pair.prefill, "time_layers", ids=self._ids)
+            for _ in range(PREFILLS)
+        ]
+        ready = zip(*(one["layer_ready_s"] for one in found), strict=True)
+        return {
+            "layer_ready_s": [median(each) for each in ready],
+            "prefill_s": median(one["prefill_s"] for one in found),
+            "prefill_cpu_s": median(one["prefill_cpu_s"] for one in found),
+        }
+
+    def sample(self, policy: str, budget: str | None) -> Row:
+        arguments = {"ids": self._ids, "policy": policy, "budget": budget}
+        sent, restored = self._pair.exchange(
+            ("serve", {**arguments, "address": self._address}),
+            ("go_on", {"ids": self._ids, "timeout_s": PATIENCE_S}),
+        )
+        started = sent["started_at"]
+        return {
+            **restored,
+            **sent,
+            "ttft_s": restored["first_token_at"] - started,
+            "exposed_s": restored["received_at"] - started - sent["prefill_s"],
+        }
+
+
+def _ttft_p50(samples: Sequence[Row]) -> float:
+    return float(median(one["ttft_s"] for one in samples))
+
+
+def _row(
+    arm: tuple[str, str | None], samples: Sequence[Row], bits_per_s: int, alone: Row, raw_s: float
+) -> Row:
+    medians = {
+        name: median(one[name] for one in samples)
+        for name in (*PHASES, "plan_cpu_s", "exposed_s", "first_token_s", "second_token_s")
+    }
+    times = [one["ttft_s"] for one in samples]
+    low, middle, high = quantiles(times, n=4, method="inclusive")
+    one = samples[0]
+    saved = one["native_bytes"] - one["wire_bytes"]
+    codec_s = medians["encode_s"] + medians["decode_s"]
+    bound = bound_s(
+        alone["layer_ready_s"] if one["overlap"] else [alone["prefill_s"]],
+        one["layer_nbytes"] if one["overlap"] else [one["wire_bytes"]],
+        bits_per_s,
+        codec_s / len(one["layer_nbytes"]) + medians["second_token_s"],
+    )
+    return {
+        "policy": arm[0],
+        "budget": arm[1],
+        "link_bits_per_s": bits_per_s,
+        "overlap": one["overlap"],
+        **medians,
+        "ttft_p50_s": middle,
+        "ttft_p95_s": quantiles(times, n=20, method="inclusive")[-1],
+        "ttft_iqr_s": high - low,
+        "n": len(times),
+        "wire_bytes": one["wire_bytes"],
+        "reference_bytes": one["reference_bytes"],
+        "native_bytes": one["native_bytes"],
+        "bound_s": bound,
+        "over_bound": middle / bound - 1,
+        "prefill_alone_s": alone["prefill_s"],
+        "prefill_cpu_s": alone["prefill_cpu_s"],
+        "plan_share": medians["plan_cpu_s"] / alone["prefill_cpu_s"],
+        "break_even_bits_per_s": 8 * saved / codec_s if saved > 0 else None,
+        "break_even_with_plan_bits_per_s": (
+            8 * saved / (codec_s + medians["plan_s"]) if saved > 0 else None
+        ),
+        "gain": 1 - middle / raw_s,
+    }
+
+
+def bound_s(
+    ready_s: Sequence[float], nbytes: Sequence[int], bits_per_s: float, after_s: float
+) -> float:
+    """The earliest first token on a link: pieces exist at `ready_s`, and one goes after another.
+
+    after_s: what nothing can hide: one layer's encode and decode, and a decode step.
+
+    Example:
+        >>> bound_s([1.0, 2.0], [100, 100], 8 * 50, 0.5)
+        5.5
+    """
+    t = 0.0
+    for ready, size in zip(ready_s, nbytes, strict=True):
+        t = max(t, ready) + 8 * size / bits_per_s
+    return t + after_s
+
+
+def raw_equals_prefill_bits_per_s(rows: Sequence[Row]) -> float:
+    """The link on which raw transfer takes as long as the prefill alone."""
+    raw = next(row for row in rows if row["policy"] == RAW)
+    return float(8 * raw["wire_bytes"] / raw["prefill_alone_s"])
