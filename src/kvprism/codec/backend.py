@@ -52,7 +52,7 @@ def encode_into(
 ) -> None:
     """`reference.encode_into`, by whichever codec is selected and suits."""
     x = x.cpu()
-    if selected() == CPU and cpu.suits(x, menu):
+    if selected() == CPU and cpu.suits(x, menu, conditioned):
         cpu.encode_into(x, tier_of, menu, planes, first, conditioned)
     else:
         reference.encode_into(x, tier_of, menu, planes, first, conditioned, component)
@@ -67,7 +67,7 @@ def decode_into(
     component: str = KEYS,
 ) -> None:
     """`reference.decode_into`, by whichever codec is selected and suits; `out` of any strides."""
-    if selected() == CPU and cpu.suits(out, menu):
+    if selected() == CPU and cpu.suits(out, menu, conditioned):
         cpu.decode_into(planes, tier_of, menu, out, conditioned)
         return
     # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.

@@ -36,6 +36,7 @@
 
 #define TILE 32          /* rows whose scales are computed together: divisions overlap */
 #define STEP 32          /* channels of each half of a row that vectors take at once */
+#define WIDEST 256       /* channels of a conditioned row, at most */
 #define LEVELS 119.0f    /* codes lie in [-LEVELS, LEVELS] */
 #define LARGEST 65504.0f /* of float16 */
 
@@ -52,6 +53,9 @@ typedef struct {
     int64_t tokens, channels, itemsize;
     int32_t dtype;
     uint8_t kind[16]; /* of each tier of the menu */
+    /* Key conditioning, or NULL: [token, channels / 2], [head, channels], [head, channels / 2]. */
+    const float *cosine, *sine, *offset, *divisor;
+    float normal; /* of the Hadamard transform, 0 without */
 } Block;
 
 /* Where the next row of each plane stands. */
@@ -423,7 +427,7 @@ INLINE void decode_row_8(uint8_t *row, float scale, int64_t half, int dtype, con
     }
 }
 
-/* ---- blocks ---- */
+/* ---- rows of a block ---- */
 
 INLINE Cursor cursor_at(const Block *block, const int64_t before[KINDS]) {
     int64_t half = block->channels / 2, quantised = before[EIGHT] + before[FOUR];
@@ -507,8 +511,83 @@ INLINE int32_t encode_tile(Tile *tile, Cursor *at, int64_t token_stride, int64_t
     return 1;
 }
 
+/* ---- key conditioning, as condition.py has it, operation by operation ---- */
+
+INLINE void widen(const uint8_t *row, int64_t channels, int32_t dtype, float *x) {
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < channels; i++) x[i] = load(row, i, BFLOAT16);
+    else if (dtype == FLOAT16)
+        for (int64_t i = 0; i < channels; i++) x[i] = load(row, i, FLOAT16);
+    else
+        memcpy(x, row, (size_t)channels * sizeof *x);
+}
+
+/* 0 when a value is beyond the dtype, or NaN. */
+INLINE int32_t narrow(const float *x, int64_t channels, int32_t dtype, uint8_t *row) {
+    float most = dtype == BFLOAT16 ? 0x1.fep127f : dtype == FLOAT16 ? LARGEST : FLT_MAX;
+    int32_t beyond = 0;
+    for (int64_t i = 0; i < channels; i++) beyond |= !(float_of(bits_of(x[i]) & 0x7fffffff) <= most);
+    if (beyond) return 0;
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < channels; i++) store(row, i, BFLOAT16, x[i]);
+    else if (dtype == FLOAT16)
+        for (int64_t i = 0; i < channels; i++) store(row, i, FLOAT16, x[i]);
+    else
+        memcpy(row, x, (size_t)channels * sizeof *x);
+    return 1;
+}
+
+INLINE void turn(float *restrict x, int64_t half, const float *cosine, const float *sine) {
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = first * cosine[i] - second * sine[i];
+        x[i + half] = second * cosine[i] + first * sine[i];
+    }
+}
+
+INLINE void hadamard(float *x, int64_t channels, float normal) {
+    for (int64_t width = 1; width < channels; width *= 2)
+        for (int64_t i = 0; i < channels; i += 2 * width)
+            for (int64_t j = i; j < i + width; j++) {
+                float first = x[j], second = x[j + width];
+                x[j] = first + second, x[j + width] = first - second;
+            }
+    for (int64_t i = 0; i < channels; i++) x[i] *= normal;
+}
+
+INLINE void condition(const Block *block, const Walk *at, int64_t channels, float *restrict x) {
+    int64_t half = channels / 2;
+    const float *offset = block->offset + at->head * channels;
+    const float *divisor = block->divisor + at->head * half;
+    widen(at->row, channels, block->dtype, x);
+    turn(x, half, block->cosine + at->token * half, block->sine + at->token * half);
+    for (int64_t i = 0; i < half; i++) {
+        x[i] = (x[i] - offset[i]) / divisor[i];
+        x[i + half] = (x[i + half] - offset[i + half]) / divisor[i];
+    }
+    if (block->normal > 0) hadamard(x, channels, block->normal);
+}
+
+/* 0 when a value is beyond the dtype. */
+INLINE int32_t restore(const Block *block, const Walk *at, int64_t channels, float *restrict x) {
+    int64_t half = channels / 2;
+    const float *offset = block->offset + at->head * channels;
+    const float *divisor = block->divisor + at->head * half;
+    if (block->normal > 0) hadamard(x, channels, block->normal);
+    for (int64_t i = 0; i < half; i++) {
+        x[i] = x[i] * divisor[i] + offset[i];
+        x[i + half] = x[i + half] * divisor[i] + offset[i + half];
+    }
+    turn(x, half, block->cosine + at->token * half, block->sine + at->token * half);
+    return narrow(x, channels, block->dtype, at->row);
+}
+
+/* ---- blocks ---- */
+
+/* conditioned: whether quantised rows are. dtype: of what is quantised, then float32. */
 INLINE int32_t encode_rows(const Block *given, int64_t first, int64_t last, Cursor at,
-                           int64_t channels, int dtype) {
+                           int64_t channels, int dtype, int conditioned) {
+    float rows[conditioned ? TILE * WIDEST : 1];
     const Block block = *given; /* of its own: no write to a plane can change it */
     Walk walk = row_at(&block, first / block.tokens, first % block.tokens);
     size_t native = (size_t)(channels * block.itemsize);
@@ -520,7 +599,10 @@ INLINE int32_t encode_rows(const Block *given, int64_t first, int64_t last, Curs
             memcpy(at.native, walk.row, native);
             at.native += native;
         } else if (kind != SKIP) {
-            tile.row[tile.n] = walk.row, tile.eight[tile.n++] = kind == EIGHT;
+            float *own = rows + tile.n * channels;
+            if (conditioned) condition(&block, &walk, channels, own);
+            tile.row[tile.n] = conditioned ? (const uint8_t *)own : walk.row;
+            tile.eight[tile.n++] = kind == EIGHT;
         }
         if (tile.n == TILE && !encode_tile(&tile, &at, block.token_stride, channels, dtype)) return 0;
     }
@@ -555,11 +637,31 @@ INLINE void decode_rows(const Block *given, int64_t first, int64_t last, Cursor 
     }
 }
 
-/* The usual widths are compiled on their own: a loop of known length has no remainder to handle. */
-#define BY_WIDTH(call, dtype)                            \
-    (block->channels == 128 ? call(128, dtype)           \
-     : block->channels == 64 ? call(64, dtype)           \
-                             : call(block->channels, dtype))
+/* 0, with rows half restored, when a restored key is beyond the dtype. */
+INLINE int32_t decode_conditioned(const Block *given, int64_t first, int64_t last, Cursor at) {
+    float row[WIDEST];
+    const Block block = *given;
+    Walk walk = row_at(&block, first / block.tokens, first % block.tokens);
+    int64_t channels = block.channels, half = channels / 2;
+    size_t native = (size_t)(channels * block.itemsize);
+    for (int64_t i = first; i < last; i++, step(&walk, &block)) {
+        int kind = kind_of(&block, &walk);
+        if (kind == NATIVE) {
+            memcpy(walk.row, at.native, native);
+            at.native += native;
+        } else if (kind != SKIP) {
+            const uint8_t *residual = kind == EIGHT ? at.residual : 0;
+            decode_plainly((uint8_t *)row, next_scale(&at), half, FLOAT32, at.anchor, residual);
+            at.anchor += half, at.residual += kind == EIGHT ? half : 0;
+            if (!restore(&block, &walk, channels, row)) return 0;
+        }
+    }
+    return 1;
+}
+
+/* The usual width is compiled on its own: a loop of known length has no remainder to handle. */
+#define BY_WIDTH(call, dtype) \
+    (block->channels == 128 ? call(128, dtype) : call(block->channels, dtype))
 #define BY_DTYPE(call)                                    \
     (block->dtype == BFLOAT16  ? BY_WIDTH(call, BFLOAT16) \
      : block->dtype == FLOAT16 ? BY_WIDTH(call, FLOAT16)  \
@@ -607,14 +709,18 @@ EXPORT EVERY_CPU int32_t kvprism_scales_are_sound(const uint8_t *scale, int64_t 
 EXPORT EVERY_CPU int32_t kvprism_encode(const Block *block, int64_t first, int64_t last,
                                         const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
-#define ENCODE(channels, dtype) encode_rows(block, first, last, at, channels, dtype)
+    if (block->cosine) return encode_rows(block, first, last, at, block->channels, FLOAT32, 1);
+#define ENCODE(channels, dtype) encode_rows(block, first, last, at, channels, dtype, 0)
     return BY_DTYPE(ENCODE);
 }
 
-/* Restore rows [first, last) from planes whose scales are sound; skipped rows stay as they are. */
-EXPORT EVERY_CPU void kvprism_decode(const Block *block, int64_t first, int64_t last,
-                                     const int64_t before[KINDS]) {
+/* Restore rows [first, last) from planes whose scales are sound; skipped rows stay as they are.
+ * Returns 0, with rows half restored, when a conditioned row comes back beyond the dtype. */
+EXPORT EVERY_CPU int32_t kvprism_decode(const Block *block, int64_t first, int64_t last,
+                                        const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
+    if (block->cosine) return decode_conditioned(block, first, last, at);
 #define DECODE(channels, dtype) decode_rows(block, first, last, at, channels, dtype)
     BY_DTYPE(DECODE);
+    return 1;
 }
