@@ -394,6 +394,16 @@ def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> 
         backend.selected()
 
 
+def test_who_serves_is_not_slow_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    backend.refuse_slow()
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.raises(CodecError, match=r"far slower.*KVPRISM_CODEC=reference"):
+        backend.refuse_slow()
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    backend.refuse_slow()
+
+
 def test_kernels_that_are_broken_or_old_say_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

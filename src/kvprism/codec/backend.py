@@ -1,7 +1,7 @@
 """Which codec runs: the C kernels where they were compiled and suit the tensors, else torch.
 
 Both make the same bytes. `KVPRISM_CODEC=reference` keeps to the definition, `KVPRISM_CODEC=cpu`
-insists on the kernels.
+insists on the kernels; what serves others refuses to be slow unless told (`refuse_slow`).
 """
 
 import os
@@ -39,6 +39,21 @@ def selected() -> str:
             "kvprism again"
         )
     return REFERENCE
+
+
+def refuse_slow() -> None:
+    """What serves others begins with this: it does not run in the torch reference unasked.
+
+    Raises:
+        CodecError: no kernels were compiled, and `KVPRISM_CODEC` does not ask for the reference.
+        UnknownName: as `selected`.
+    """
+    if selected() == REFERENCE and os.environ.get(VARIABLE) != REFERENCE:
+        raise CodecError(
+            f"{cpu.LIBRARY.name} was not compiled, and the torch reference is far slower than "
+            "memory (`kvprism doctor` says by how much): install a C compiler and kvprism again, "
+            f"or set {VARIABLE}={REFERENCE} to serve with it all the same"
+        )
 
 
 def encode_into(
