@@ -22,7 +22,7 @@ from kvprism.codec.planes import UNSOUND_SCALE
 from kvprism.codec.reference import quantised_codec
 from kvprism.core import NESTED_CODEC, Tier
 from kvprism.errors import CodecError, Unsupported
-from kvprism.layout import Plane, TierArray, rows_in
+from kvprism.layout import Plane, TierArray, planes_of
 
 ROWS = 16  # of one program
 DevicePlanes = dict[Plane, torch.Tensor]
@@ -134,14 +134,16 @@ class _Rows:
 
     @classmethod
     def of(cls, tier_of: TierArray, menu: Sequence[Tier], device: torch.device) -> "_Rows":
-        native, quantised, eight = (
-            rows_in(plane, tier_of, menu).reshape(-1)
-            for plane in (Plane.NATIVE, Plane.SCALE, Plane.RESIDUAL)
-        )
-        of_eight = eight[quantised]
-        residual_of = np.where(of_eight, np.cumsum(of_eight) - 1, -1)
-        numbers = (np.flatnonzero(native), np.flatnonzero(quantised), residual_of)
-        return cls(*(torch.from_numpy(n).to(device) for n in numbers), int(of_eight.sum()))
+        tiers = torch.from_numpy(np.ascontiguousarray(tier_of)).to(device).view(-1).long()
+
+        def in_plane(plane: Plane) -> torch.Tensor:
+            return torch.tensor([plane in planes_of(t) for t in menu], device=device)[tiers]
+
+        quantised = in_plane(Plane.SCALE).nonzero().view(-1)
+        eight = in_plane(Plane.RESIDUAL)[quantised]
+        residual_of = torch.where(eight, eight.cumsum(0) - 1, -1)
+        native = in_plane(Plane.NATIVE).nonzero().view(-1)
+        return cls(native, quantised, residual_of, int(eight.sum()))
 
     @property
     def n(self) -> int:
