@@ -9,6 +9,7 @@ from bench.tables import models, quality, speed
 from bench.tables.cells import ROOT
 
 SECTIONS = {
+    "docs/codec.md": {"codec": speed.codec},
     "README.md": {"summary": quality.summary},
     "kvprism-tiny/README.md": {"gates": lambda: models.gates("tiny")},
     "models/tiny-deep-candidate/README.md": {"gates": lambda: models.gates("tiny-deep")},

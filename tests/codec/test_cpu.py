@@ -259,6 +259,55 @@ def test_conditioned_keys_are_coded_as_by_the_reference(
     assert same_bits(results[0][1], results[1][1])
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 4, 8, 16, 64, 128, 256]),
+    st.sampled_from(list(DTYPES)),
+    st.booleans(),
+    st.sampled_from([1.0, 1e-4, 1e4, 1e37]),
+    st.integers(1, 3),
+)
+def test_any_conditioned_keys_are_coded_or_refused_as_by_the_reference(
+    seed: int, channels: int, dtype: str, rotate: bool, size: float, threads: int
+) -> None:
+    """Any planes are decoded too: what is beyond the dtype then is refused alike."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    x = (size * torch.randn(2, 9, channels)).to(DTYPES[dtype])
+    tier_of = rng.integers(0, 4, (2, 9)).astype(np.uint8)
+    conditioned = reference.Conditioned(
+        drawn_conditioning(2, channels, rotate=rotate), torch.arange(seed % 10**5, seed % 10**5 + 9)
+    )
+    results: list[tuple[str, Any, str, Any]] = []
+    for codec, own in ((reference, {}), (cpu, {"threads": threads})):
+        planes, out = buffers(tier_of, CONDITIONED_MENU, x), torch.full_like(x, 7.0)
+        encoded = said(
+            codec.encode_into, x, tier_of, CONDITIONED_MENU, planes, (0, 0), conditioned, **own
+        )
+        written = None if encoded else as_bytes(planes)
+        if encoded:
+            rng = np.random.default_rng(seed)
+            for plane, data in planes.items():
+                scales = rng.integers(0, 0x7C00, len(data) // 2).astype("<u2").tobytes()
+                data[:] = scales if plane == Plane.SCALE else rng.bytes(len(data))
+        decoded = said(
+            codec.decode_into, planes, tier_of, CONDITIONED_MENU, out, conditioned, **own
+        )
+        results.append((encoded, written, decoded, None if decoded else out))
+    (*ours, restored), (*theirs, expected) = results
+    assert ours == theirs
+    assert expected is None or same_bits(restored, expected)
+
+
+def said(work: Any, *given: Any, **named: Any) -> str:
+    """What `work` refuses with, if it does."""
+    try:
+        work(*given, **named)
+    except CodecError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("conditioned_too", [False, True])
 def test_a_conditioned_row_that_cannot_be_coded_is_refused_alike(conditioned_too: bool) -> None:
     x = torch.randn(1, 5, 8)
@@ -343,6 +392,16 @@ def test_without_kernels_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(backend.VARIABLE, "cpu")
     with pytest.raises(CodecError, match="was not compiled"):
         backend.selected()
+
+
+def test_who_serves_is_not_slow_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    backend.refuse_slow()
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.raises(CodecError, match=r"far slower.*KVPRISM_CODEC=reference"):
+        backend.refuse_slow()
+    monkeypatch.setenv(backend.VARIABLE, "reference")
+    backend.refuse_slow()
 
 
 def test_kernels_that_are_broken_or_old_say_so(

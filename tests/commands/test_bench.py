@@ -1,5 +1,6 @@
 """What `bench codec` and doctor say of the codec; rows are checked, speeds are not."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ needs_kernels = pytest.mark.skipif(
 FIELDS = {
     *("direction", "bits", "dtype", "backend", "threads", "channels", "raw_bytes", "plane_bytes"),
     *("seconds_p50", "gb_per_s", "memcpy_gb_per_s", "ratio_to_memcpy", "roofline_share", "repeats"),
+    "ratio_quartiles",
 }
 
 
@@ -28,7 +30,9 @@ def test_a_row_for_every_codec_direction_width_and_thread_count(run: Run, tmp_pa
     result = run("bench", "codec", "--mib", "1", "--threads", "1,2", "--json", file)
     assert result.exit_code == 0, result.stderr
     assert torch.get_num_threads() == threads
-    rows: list[dict[str, Any]] = read_json(file)["rows"]
+    written = read_json(file)
+    assert {"commit", "date", "versions", "processor", "processors", "load"} < set(written)
+    rows: list[dict[str, Any]] = written["rows"]
     cases = [(r["direction"], r["bits"], r["backend"], r["threads"]) for r in rows]
     assert len(set(cases)) == len(cases) == 16
     assert all(f"{d} INT{b}, {codec}" in result.stdout for d, b, codec, _ in cases)
@@ -39,6 +43,8 @@ def test_a_row_for_every_codec_direction_width_and_thread_count(run: Run, tmp_pa
         assert row["plane_bytes"] == 2**20 // 256 * (2 + row["bits"] * 16)
         moved = (row["raw_bytes"] + row["plane_bytes"]) / (2 * row["raw_bytes"])
         assert row["roofline_share"] == pytest.approx(row["ratio_to_memcpy"] * moved)
+        low, high = row["ratio_quartiles"]
+        assert low <= row["ratio_to_memcpy"] <= high
         assert row["repeats"] == (15 if row["backend"] == "cpu" else 5)
 
 
@@ -86,7 +92,7 @@ def test_doctor_says_when_the_reference_runs_and_why(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KVPRISM_CODEC", "reference")
     state, detail = codec_finding()
     assert state == "ok" and detail.startswith("torch reference: ")
-    assert "compiler" not in detail
+    assert "compiler" not in detail and re.search(r"\d+ x slower than a copy", detail)
     monkeypatch.delenv("KVPRISM_CODEC")
     monkeypatch.setattr(cpu, "library", lambda: None)
     state, detail = codec_finding()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import kvprism
+from kvprism.codec import backend, cpu
 from kvprism.commands.transfer import format_address, parse_address
 from kvprism.errors import BadInput, ProfileMismatch
 
@@ -80,6 +81,19 @@ def test_run_conditions_keys_by_the_profile(
     kvprism.decode(saved.read_bytes(), profile=kvprism.Profile.load(profiles[0]))
     with pytest.raises(ProfileMismatch):
         kvprism.decode(saved.read_bytes(), profile=kvprism.Profile.load(profiles[1]))
+
+
+@pytest.mark.parametrize(
+    "side", [["prefill", "--to", "127.0.0.1:9", "--budget", "40%"], ["decode"]]
+)
+def test_neither_side_serves_with_the_slow_codec_unasked(
+    run: Run, prompt: Path, token: Path, side: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    result = run(*side, "--file", prompt, "--token-file", token)
+    assert result.exit_code != 0
+    assert "KVPRISM_CODEC=reference" in failure(result)
 
 
 def test_peers_with_different_profiles_never_send(

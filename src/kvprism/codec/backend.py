@@ -1,7 +1,7 @@
 """Which codec runs: the C kernels where they were compiled and suit the tensors, else torch.
 
 Both make the same bytes. `KVPRISM_CODEC=reference` keeps to the definition, `KVPRISM_CODEC=cpu`
-insists on the kernels.
+insists on the kernels; what serves others refuses to be slow unless told (`refuse_slow`).
 """
 
 import os
@@ -41,6 +41,21 @@ def selected() -> str:
     return REFERENCE
 
 
+def refuse_slow() -> None:
+    """What serves others begins with this: it does not run in the torch reference unasked.
+
+    Raises:
+        CodecError: no kernels were compiled, and `KVPRISM_CODEC` does not ask for the reference.
+        UnknownName: as `selected`.
+    """
+    if selected() == REFERENCE and os.environ.get(VARIABLE) != REFERENCE:
+        raise CodecError(
+            f"{cpu.LIBRARY.name} was not compiled, and the torch reference is far slower than "
+            "memory (`kvprism doctor` says by how much): install a C compiler and kvprism again, "
+            f"or set {VARIABLE}={REFERENCE} to serve with it all the same"
+        )
+
+
 def encode_into(
     x: torch.Tensor,
     tier_of: TierArray,
@@ -52,7 +67,7 @@ def encode_into(
 ) -> None:
     """`reference.encode_into`, by whichever codec is selected and suits."""
     x = x.cpu()
-    if selected() == CPU and cpu.suits(x, menu):
+    if selected() == CPU and cpu.suits(x, menu, conditioned):
         cpu.encode_into(x, tier_of, menu, planes, first, conditioned)
     else:
         reference.encode_into(x, tier_of, menu, planes, first, conditioned, component)
@@ -67,7 +82,7 @@ def decode_into(
     component: str = KEYS,
 ) -> None:
     """`reference.decode_into`, by whichever codec is selected and suits; `out` of any strides."""
-    if selected() == CPU and cpu.suits(out, menu):
+    if selected() == CPU and cpu.suits(out, menu, conditioned):
         cpu.decode_into(planes, tier_of, menu, out, conditioned)
         return
     # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.

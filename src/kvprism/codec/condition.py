@@ -18,7 +18,7 @@ def condition(
 
     positions: int64 `[token]`, the tokens' original positions.
     """
-    x = _turn(keys.float(), -_angles(positions, conditioning))
+    x = _turn(keys.float(), *turns(positions, conditioning, undo=True))
     x = (x - conditioning.offset[:, None]) / _per_channel(conditioning)
     return hadamard(x) if conditioning.rotate else x
 
@@ -30,21 +30,25 @@ def restore(
     if conditioning.rotate:
         x = hadamard(x)
     x = x * _per_channel(conditioning) + conditioning.offset[:, None]
-    return _turn(x, _angles(positions, conditioning))
+    return _turn(x, *turns(positions, conditioning, undo=False))
 
 
 def _per_channel(conditioning: KeyConditioning) -> torch.Tensor:
     return conditioning.scale.repeat(1, 2)[:, None]
 
 
-def _angles(positions: torch.Tensor, conditioning: KeyConditioning) -> torch.Tensor:
-    """`[token, channel // 2]` in float64: at position 10^5 a float32 angle is off by 0.01."""
-    return positions.double()[:, None] * conditioning.inverse_frequencies.double()
+def turns(
+    positions: torch.Tensor, conditioning: KeyConditioning, *, undo: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE's angles (undo: of the angles back), `[token, channel // 2]`."""
+    # In float64: at position 10^5 a float32 angle is off by 0.01.
+    angles = positions.double()[:, None] * conditioning.inverse_frequencies.double()
+    angles = -angles if undo else angles
+    return angles.cos().float(), angles.sin().float()
 
 
-def _turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE as Llama, Mistral, Qwen and Gemma have it: channel i goes with channel i + half."""
-    cos, sin = angles.cos().float(), angles.sin().float()
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -19,16 +19,18 @@ import numpy as np
 import torch
 
 from kvprism.codec import reference
+from kvprism.codec.condition import turns
 from kvprism.codec.planes import UNSOUND_SCALE
 from kvprism.codec.reference import Conditioned
 from kvprism.core import CONDITIONED_CODEC, DROP_CODEC, MAX_MENU, NATIVE_CODEC, NESTED_CODEC, Tier
 from kvprism.errors import CodecError
-from kvprism.layout import Plane, TierArray
+from kvprism.layout import Plane, TierArray, rows_in
 
 SOURCE = Path(__file__).with_name("cpu.c")
 LIBRARY = Path(__file__).with_name("libkvprism.so")
 # Below this a second thread costs more than it saves.
 MIN_NBYTES_PER_THREAD = 2**20
+WIDEST_CONDITIONED = 256  # channels, as in cpu.c
 
 # As in cpu.c.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -56,6 +58,8 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "channels", "itemsize")),
         ("dtype", ctypes.c_int32),
         ("kind", ctypes.c_uint8 * MAX_MENU),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "offset", "divisor")),
+        ("normal", ctypes.c_float),
     )
 
 
@@ -81,7 +85,7 @@ def library() -> ctypes.CDLL | None:
     loaded.kvprism_count.argtypes = (*rows, ctypes.c_int64, _Counts)
     loaded.kvprism_encode.argtypes = loaded.kvprism_decode.argtypes = (*rows, _Counts)
     loaded.kvprism_scales_are_sound.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-    loaded.kvprism_count.restype = loaded.kvprism_decode.restype = None
+    loaded.kvprism_count.restype = None
     return loaded
 
 
@@ -90,7 +94,7 @@ def source_hash() -> str:
     return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
 
 
-def suits(x: torch.Tensor, menu: Sequence[Tier]) -> bool:
+def suits(x: torch.Tensor, menu: Sequence[Tier], conditioned: Conditioned | None = None) -> bool:
     """Whether the kernels can read and write `x` `[head, token, channel]` in tiers of `menu`."""
     return (
         x.device.type == "cpu"
@@ -99,6 +103,7 @@ def suits(x: torch.Tensor, menu: Sequence[Tier]) -> bool:
         and x.stride(-1) == 1
         and x.data_ptr() % x.element_size() == 0
         and all((tier.codec, tier.bits) in _KINDS for tier in menu)
+        and (conditioned is None or x.shape[-1] <= WIDEST_CONDITIONED)
     )
 
 
@@ -118,11 +123,9 @@ def encode_into(
     Raises:
         CodecError: as the reference, and for planes of other sizes than the tiers need.
     """
-    if conditioned is not None and Plane.SCALE in planes:
-        return _encode_conditioned(x, tier_of, menu, planes, first, conditioned, threads)
-    call = _Call(x, tier_of, _kinds(menu), planes, writable=True)
-    if not all(call.in_shares(_kernels().kvprism_encode, threads)):
-        reference.encode_into(x, tier_of, menu, planes, first)
+    call = _Call(x, tier_of, menu, planes, conditioned, encode=True)
+    if not all(call.in_shares(_kernels().kvprism_encode, threads)) or not call.come_back():
+        reference.encode_into(x, tier_of, menu, planes, first, conditioned)
         raise AssertionError("cpu.c refused a row that the reference takes")
 
 
@@ -141,67 +144,13 @@ def decode_into(
     Raises:
         CodecError: as the reference, and for planes of other sizes than the tiers need.
     """
-    if conditioned is not None and Plane.SCALE in planes:
-        return _decode_conditioned(planes, tier_of, menu, out, conditioned, threads)
-    call = _Call(out, tier_of, _kinds(menu), planes, writable=False)
+    call = _Call(out, tier_of, menu, planes, conditioned, encode=False)
     call.check_scales()
-    call.in_shares(_kernels().kvprism_decode, threads)
-
-
-def _encode_conditioned(
-    x: torch.Tensor,
-    tier_of: TierArray,
-    menu: Sequence[Tier],
-    planes: Mapping[Plane, memoryview],
-    first: tuple[int, int],
-    conditioned: Conditioned,
-    threads: int | None,
-) -> None:
-    """Native rows as they are; the others as torch conditions them."""
-    quantised = conditioned.condition(x)
-    unfit = ~reference._fits(quantised, x.dtype, menu, conditioned)
-    reference._refuse(unfit, tier_of, menu, first)
-    encode = _kernels().kvprism_encode
-    for rows, kinds, part in _parts(x, quantised, menu, planes):
-        _Call(rows, tier_of, kinds, part, writable=True).in_shares(encode, threads)
-
-
-def _decode_conditioned(
-    planes: Mapping[Plane, memoryview],
-    tier_of: TierArray,
-    menu: Sequence[Tier],
-    out: torch.Tensor,
-    conditioned: Conditioned,
-    threads: int | None,
-) -> None:
-    quantised = torch.zeros(out.shape)
-    for rows, kinds, part in _parts(out, quantised, menu, planes):
-        call = _Call(rows, tier_of, kinds, part, writable=False)
-        call.check_scales()
-        call.in_shares(_kernels().kvprism_decode, threads)
-    chosen = reference._rows(Plane.SCALE, tier_of, menu)
-    values = quantised.view(len(chosen), -1)[chosen]
-    restored = reference._restored(values, chosen, out, conditioned)
-    out[chosen.view(out.shape[:2])] = restored.to(out.dtype)
-
-
-def _parts(
-    native: torch.Tensor,
-    quantised: torch.Tensor,
-    menu: Sequence[Tier],
-    planes: Mapping[Plane, memoryview],
-) -> list[tuple[torch.Tensor, list[int], dict[Plane, memoryview]]]:
-    """A block as two: its native rows, and its quantised rows."""
-    kinds = _kinds(menu)
-    as_native = [kind if kind == _NATIVE else _SKIP for kind in kinds]
-    as_quantised = [kind if kind != _NATIVE else _SKIP for kind in kinds]
-    others = dict(planes)
-    own = {plane: others.pop(plane) for plane in (Plane.NATIVE,) if plane in others}
-    return [(native, as_native, dict(own)), (quantised, as_quantised, others)]
-
-
-def _kinds(menu: Sequence[Tier]) -> list[int]:
-    return [_KINDS[tier.codec, tier.bits] for tier in menu]
+    if not all(call.in_shares(_kernels().kvprism_decode, threads)):
+        reference.decode_into(
+            planes, tier_of, menu, torch.zeros(out.shape, dtype=out.dtype), conditioned
+        )
+        raise AssertionError("cpu.c refused a row that the reference restores")
 
 
 def _kernels() -> ctypes.CDLL:
@@ -221,23 +170,27 @@ class _Call:
         self,
         rows: torch.Tensor,
         tier_of: TierArray,
-        kinds: list[int],
+        menu: Sequence[Tier],
         planes: Mapping[Plane, memoryview],
+        conditioned: Conditioned | None,
         *,
-        writable: bool,
+        encode: bool,
     ) -> None:
         if tier_of.shape != rows.shape[:2] or tier_of.dtype != np.uint8:
             raise CodecError(f"tiers {tier_of.shape} do not fit rows {tuple(rows.shape)}")
-        self._rows, self._tier_of, self._menu = rows, tier_of, len(kinds)
+        self._rows, self._tier_of, self._menu = rows, tier_of, menu
+        self._conditioned = conditioned if Plane.SCALE in planes else None
         self._data = {plane: np.frombuffer(data, np.uint8) for plane, data in planes.items()}
-        if writable and not all(data.flags.writeable for data in self._data.values()):
+        if encode and not all(data.flags.writeable for data in self._data.values()):
             raise CodecError("a plane to encode into is read-only")
-        self._block = self._as_block(kinds)
+        self._tables = _tables(self._conditioned, undo=encode)
+        self._block = self._as_block()
         self._check_planes(self._count(0, tier_of.size))
 
-    def _as_block(self, kinds: list[int]) -> _Block:
-        rows, tier_of = self._rows, self._tier_of
+    def _as_block(self) -> _Block:
+        rows, tier_of, conditioned = self._rows, self._tier_of, self._conditioned
         itemsize = rows.element_size()
+        rotate = conditioned is not None and conditioned.conditioning.rotate
         return _Block(
             rows.data_ptr(),
             tier_of.ctypes.data,
@@ -248,12 +201,14 @@ class _Call:
             *rows.shape[1:],
             itemsize,
             _DTYPES[rows.dtype],
-            (ctypes.c_uint8 * MAX_MENU)(*kinds),
+            (ctypes.c_uint8 * MAX_MENU)(*(_KINDS[tier.codec, tier.bits] for tier in self._menu)),
+            *(table.data_ptr() for table in self._tables or [torch.empty(0)] * 4),
+            rows.shape[-1] ** -0.5 if rotate else 0.0,
         )
 
     def _count(self, first: int, last: int) -> Any:
         counts = _Counts()
-        _kernels().kvprism_count(self._block, first, last, self._menu, counts)
+        _kernels().kvprism_count(self._block, first, last, len(self._menu), counts)
         return counts
 
     def _check_planes(self, counts: Sequence[int]) -> None:
@@ -280,6 +235,16 @@ class _Call:
         if not _kernels().kvprism_scales_are_sound(scale.ctypes.data, scale.size // 2):
             raise CodecError(UNSOUND_SCALE)
 
+    def come_back(self) -> bool:
+        """Whether all rows that were conditioned and encoded are within their dtype again."""
+        if self._conditioned is None:
+            return True
+        quantised = torch.from_numpy(rows_in(Plane.SCALE, self._tier_of, self._menu))
+        scale = torch.zeros(quantised.shape)
+        scale[quantised] = torch.from_numpy(self._data[Plane.SCALE].copy()).view(torch.half).float()
+        fits = self._conditioned.come_back(scale, self._rows.dtype)
+        return bool(fits[quantised].all())
+
     def in_shares(self, kernel: Callable[..., int], threads: int | None) -> list[int]:
         """What `kernel` returns for each share of the rows, in threads when there are several."""
         n, nbytes = self._tier_of.size, self._rows.numel() * self._rows.element_size()
@@ -297,6 +262,15 @@ class _Call:
         counts = [self._count(a, b) for a, b in pairwise(ends)]
         total = np.cumsum([[0] * 4, *(list(count) for count in counts[:-1])], axis=0)
         return [_Counts(*row) for row in total.tolist()]
+
+
+def _tables(conditioned: Conditioned | None, *, undo: bool) -> tuple[torch.Tensor, ...] | None:
+    """float32 cosines, sines, offsets and divisors as `Block` of cpu.c points to them."""
+    if conditioned is None:
+        return None
+    given = conditioned.conditioning
+    tables = (*turns(conditioned.positions, given, undo=undo), given.offset, given.scale)
+    return tuple(table.float().contiguous() for table in tables)
 
 
 @cache

@@ -59,7 +59,13 @@ class Conditioned:
         """What was dequantised -> `[head, token, channel]` keys, float32."""
         return restore(x, self.positions, self.conditioning)
 
-    def largest_restored(self, absmax: torch.Tensor) -> torch.Tensor:
+    def come_back(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """bool `[head, token]`: rows of these scales that are within `dtype` when restored."""
+        # float32 rounding, far below 2^-16 of the largest value on the way back.
+        largest = self._largest_restored(NESTED_LEVELS * scale.double()) * (1 + 2**-16)
+        return largest <= torch.finfo(dtype).max
+
+    def _largest_restored(self, absmax: torch.Tensor) -> torch.Tensor:
         """float64 `[head, token]`: no restored value exceeds it when no dequantised one `absmax`.
 
         A rotation may gather a row in one channel, sqrt(channels) times as large; RoPE may gather a
@@ -68,7 +74,7 @@ class Conditioned:
         given = self.conditioning
         gathered = given.offset.shape[-1] ** 0.5 if given.rotate else 1.0
         scale, offset = (x.double().abs().amax(dim=-1) for x in (given.scale, given.offset))
-        return 2**0.5 * (absmax.double() * gathered * scale[:, None] + offset[:, None])
+        return 2**0.5 * (absmax * gathered * scale[:, None] + offset[:, None])
 
 
 def quantisable(
@@ -98,9 +104,7 @@ def _fits(
     elif quantised_codec(menu) != ABSMAX_CODEC:
         fits = absmax / NESTED_LEVELS <= FLOAT16_MAX
         if conditioned is not None:
-            restored = NESTED_LEVELS * nested_scale(absmax).double()
-            # float32 rounding, far below 2^-16 of the largest value on the way back.
-            fits &= conditioned.largest_restored(restored) * (1 + 2**-16) <= largest
+            fits &= conditioned.come_back(nested_scale(absmax), dtype)
     else:
         # A scale rounded to nearest may be half a float16 ulp more: 65504 would come back infinite.
         fits = (absmax / ABSMAX_LEVELS[4] <= FLOAT16_MAX) & (absmax * (1 + 2**-11) <= largest)

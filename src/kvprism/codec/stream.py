@@ -300,6 +300,7 @@ class Assembler:
         self._conditioning = offered_conditioning(offer, profile)
         ragged = drop == "per_head"
         self._layers = {la.layer_id: _LayerDestination(la, ragged) for la in self.shape.layers}
+        self._finished: dict[int, LayerKV] = {}
 
     def add(self, segments: Segments) -> None:
         """Decode every block of one manifest.
@@ -315,7 +316,12 @@ class Assembler:
             self._add_block(block, segments.manifest.maps[block.map], planes)
 
     def _add_block(self, block: Block, tier_map: TierMap, planes: dict[int, memoryview]) -> None:
-        destination = self._layers[block.layer]
+        destination = self._layers.get(block.layer)
+        if destination is None:
+            raise ProtocolViolation(
+                f"layer {block.layer} component {block.component!r}, heads {block.heads}, tokens "
+                f"{block.tokens}: as many rows as the layer has came before, so pieces overlap"
+            )
         layer = destination.shape
         heads, tokens = block.heads[1] - block.heads[0], block.tokens[1] - block.tokens[0]
         tiers = unpack_tier_map(tier_map, heads, tokens, len(self.menu))
@@ -335,21 +341,28 @@ class Assembler:
             decode_into(named, tiers, self.menu, out, conditioned, block.component)
         except CodecError as error:
             raise _at(block, error) from error
+        destination.missing -= tiers.size
+        if not destination.missing:
+            # Without its dropped tokens a layer is a copy: never are two layers held twice.
+            self._finished[block.layer] = self._layers.pop(block.layer).finish()
 
     def finish(self) -> RequestKV:
         """The restored cache, dropped tokens left out; every piece was added."""
-        layers = tuple(destination.finish() for destination in self._layers.values())
+        for layer_id, destination in self._layers.items():
+            self._finished[layer_id] = destination.finish()
+        layers = tuple(self._finished[layer.layer_id] for layer in self.shape.layers)
         return RequestKV(layers, self.shape.next_position)
 
 
 class _LayerDestination:
     """The tensors of one layer, allocated when its first piece comes, and which rows are kept.
 
-    ragged: whether heads may keep different tokens.
+    ragged: whether heads may keep different tokens; missing: how many rows are still to come.
     """
 
     def __init__(self, shape: LayerShape, ragged: bool) -> None:
         self.shape, self._ragged = shape, ragged
+        self.missing = sum(heads for _, heads, _ in shape.components) * shape.n_tokens
         self._components: dict[str, torch.Tensor] = {}
         # Ragged: component -> what is known of its rows, and which are kept, both [head, token].
         self._rows: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,7 +192,8 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _row(case: Case, bench: _Bench, timed: Timed) -> Row:
     seconds, copy_s = median(timed.work), median(timed.copy)
-    ratio = median(copy / work for work, copy in zip(timed.work, timed.copy, strict=True))
+    ratios = [copy / work for work, copy in zip(timed.work, timed.copy, strict=True)]
+    low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     nbytes = bench.nbytes
     return {
         "direction": case.direction,
@@ -206,6 +208,7 @@ def _row(case: Case, bench: _Bench, timed: Timed) -> Row:
         "gb_per_s": nbytes / seconds / 1e9,
         "memcpy_gb_per_s": nbytes / copy_s / 1e9,
         "ratio_to_memcpy": ratio,
+        "ratio_quartiles": [low, high],
         "roofline_share": ratio * (nbytes + bench.plane_nbytes) / (2 * nbytes),
         "repeats": len(timed.work),
     }
@@ -217,6 +220,7 @@ def with_provenance(rows: list[Row]) -> dict[str, Any]:
     return {
         "commit": made.commit,
         "versions": made.versions,
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": _processor(),
         "processors": os.cpu_count(),
         "load": os.getloadavg()[0],

@@ -11,14 +11,14 @@ from kvprism.commands.options import Budgets, CacheDtype, Json, Model, Policies,
 app = typer.Typer(help="Measure speed.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command(epilog="Example: kvprism bench codec --mib 256 --threads 1,2 --json codec.json")
+@app.command(epilog="Example: kvprism bench codec --mib 256 --json codec.json")
 def codec(
     mib: Annotated[
         str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
-    ] = "16,256",
+    ] = "1,16,256",
     threads: Annotated[
         str, typer.Option("--threads", help="Threads of the codec, with commas between them.")
-    ] = "1",
+    ] = "1,2",
     dtype: CacheDtype = "bfloat16",
     channels: Annotated[int, typer.Option("--channels", min=2, help="Channels of a head.")] = 128,
     repeats: Annotated[

@@ -116,7 +116,11 @@ def _codec_speed() -> tuple[str, str]:
     copied = f"memory copy {nbytes / copy_s / 1e9:.2f} GB/s"
     if selected == backend.REFERENCE:
         why = _why_reference()
-        return "ok" if why is None else "missing", f"torch reference: {speed}, {copied}{why or ''}"
+        slower = f"{encode_s / copy_s:.0f} x slower than a copy"
+        return (
+            "ok" if why is None else "missing",
+            f"torch reference: {speed}, {copied}, {slower}{why or ''}",
+        )
     slow_s = _best_s(lambda: reference.encode_into(x, tiers, MENU, planes))
     return (
         "ok",
@@ -128,7 +132,10 @@ def _why_reference() -> str | None:
     """What to do about it, unless it was asked for."""
     if os.environ.get(backend.VARIABLE) == backend.REFERENCE:
         return None
-    return "; for the C kernels install a C compiler, then kvprism again"
+    return (
+        "; prefill and decode refuse to serve with it: for the C kernels install a C compiler, "
+        f"then kvprism again, or set {backend.VARIABLE}={backend.REFERENCE}"
+    )
 
 
 def _best_s(work: Callable[[], object], repeats: int = 3) -> float:

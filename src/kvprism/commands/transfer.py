@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvprism.codec import backend
 from kvprism.commands import console
 from kvprism.commands.dry_run import plan_without_prompt
 from kvprism.errors import AuthenticationFailed, BadInput
@@ -135,7 +136,9 @@ def prefill_here(
         TransportError: nobody listens there, or it does not hold our token, or it went away.
         ProfileMismatch: a profile of another model, or one that lacks what the policy needs.
         Rejected: the other side runs another model, or has another profile.
+        CodecError: only the slow codec is there, and it was not asked for.
     """
+    backend.refuse_slow()
     address, token, shared = parse_address(to), load_token(token_file), load_profile(profile)
     ids = read_prompt(model, file, tokens)
     _check_plan(model, ids, policy, budget, options, shared)
@@ -173,7 +176,9 @@ def decode_here(
         PeerSilent, PeerLost: no cache came in time, or the other side went away in the middle.
         PositionMismatch: the cache is of a longer or a shorter prompt.
         ProfileMismatch: a profile of another model.
+        CodecError: only the slow codec is there, and it was not asked for.
     """
+    backend.refuse_slow()
     token, shared = load_token(token_file), load_profile(profile)
     with tcp.listen(host, port, allow_remote=allow_remote):
         pass  # a port that is taken is found before the model is loaded
