@@ -659,9 +659,11 @@ INLINE int32_t decode_conditioned(const Block *given, int64_t first, int64_t las
     return 1;
 }
 
-/* The usual width is compiled on its own: a loop of known length has no remainder to handle. */
-#define BY_WIDTH(call, dtype) \
-    (block->channels == 128 ? call(128, dtype) : call(block->channels, dtype))
+/* The usual widths are compiled on their own: a loop of known length has no remainder to handle. */
+#define BY_WIDTH(call, dtype)                            \
+    (block->channels == 128 ? call(128, dtype)           \
+     : block->channels == 64 ? call(64, dtype)           \
+                             : call(block->channels, dtype))
 #define BY_DTYPE(call)                                    \
     (block->dtype == BFLOAT16  ? BY_WIDTH(call, BFLOAT16) \
      : block->dtype == FLOAT16 ? BY_WIDTH(call, FLOAT16)  \
