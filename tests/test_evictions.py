@@ -20,8 +20,9 @@ from kvprism.tensors import LayerKV, LayerView, RequestKV
 TOKENS, LAYERS, HEADS = 160, 3, 2
 PER_HEAD = Capability(drop="per_head")
 # What each of them needs of a capture beyond the cache, and who decides by head in its paper.
-WITHOUT_QUERIES = ["streaming-llm", "h2o", "keydiff", "knorm", "expected-attention"]
+WITHOUT_QUERIES = ["streaming-llm", "h2o", "d2o", "keydiff", "knorm", "expected-attention"]
 SHARED = ["streaming-llm", "tova"]
+MERGING = ["cam", "d2o"]
 UNEVEN_LAYERS = ["pyramidkv", "cake", "lava", "layer-defensivekv"]
 UNEVEN_HEADS = ["ada-kv", "lava", "defensivekv", "layer-defensivekv"]
 
@@ -135,6 +136,9 @@ def test_bytes_are_freed_on_the_wire_and_in_memory(policy: str, by_head: bool) -
     if not by_head:
         assert got.resident_nbytes < 0.40 * kv.resident_nbytes
     for layer, whole, number in zip(got.layers, kv.layers, range(LAYERS), strict=True):
+        rewrite = chosen.layers[number].rewrite
+        assert (rewrite is not None) == (policy in MERGING)
+        whole = whole if rewrite is None else rewrite(whole)
         rows = kept(chosen, number)
         assert layer.positions.tolist() == np.flatnonzero(rows.any(axis=0)).tolist()
         held = torch.from_numpy(rows[:, layer.positions])

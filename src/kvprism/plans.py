@@ -1,9 +1,10 @@
 """Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -42,12 +43,16 @@ from kvprism.wire.messages import (
 class LayerPlan:
     """One layer's tiers: component -> uint8 `[head, token]`, indices into the plan's menu.
 
+    rewrite: of a merging policy, which changes kept rows: the layer's `LayerKV` -> the one that is
+    encoded in its place. Sizes do not depend on it.
+
     Raises:
         ShapeMismatch: other components than the layer has, or an array that does not fit them.
     """
 
     shape: LayerShape
     tier_of: Mapping[str, TierArray]
+    rewrite: Callable[[Any], Any] | None = None  # tensors have no name here
 
     def __post_init__(self) -> None:
         names = [component.name for component in self.shape.components]

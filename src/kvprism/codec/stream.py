@@ -70,11 +70,14 @@ def encode_layer(
 ) -> Iterator[Encoded]:
     """Encode one layer, manifest by manifest; conditioning: of its quantised keys, if they are.
 
+    Whatever applies a plan comes through here, so this is where a merging policy's rewrite acts.
+
     Raises:
         ShapeMismatch: the tensors are not those that were planned.
         CodecError: a value that its tier cannot hold, naming layer, component, head and token.
     """
     check_layer(kv, layer.shape)
+    kv = kv if layer.rewrite is None else layer.rewrite(kv)
     for manifest in manifests_of(layer, menu, split, first_sequence):
         area = memoryview(bytearray(frames.segments_nbytes(manifest)))
         slices = iter(frames.segment_slices(manifest))

@@ -26,6 +26,11 @@ def snapkv(view: LayerView) -> torch.Tensor:
     return _whole(_average(prefix_weights(view).sum(dim=2).mean(dim=1)), view)
 
 
+def votes(view: LayerView) -> torch.Tensor:
+    """`snapkv` without its pooling, as CaM's published comparisons rank tokens."""
+    return _whole(prefix_weights(view).sum(dim=2).mean(dim=1), view)
+
+
 def max_pooled(view: LayerView) -> torch.Tensor:
     """SnapKV's score as Ada-KV and LAVa take it: mean over the window, max-pooled over 7."""
     return _whole(_maximum(prefix_weights(view).mean(dim=(1, 2))), view)
