@@ -47,7 +47,7 @@ class Eviction:
     heads: the split that the paper has; a receiver that holds one set of tokens per layer gets
     `shared` instead. sinks, recent: how many of the first and last tokens of the prompt are kept;
     signals: what the scorer needs beyond cache and window; rewrite: what is made of kept rows out
-    of dropped ones.
+    of dropped ones; once: it makes sense for many tokens at once only, not token by token.
     """
 
     summary: str
@@ -58,6 +58,7 @@ class Eviction:
     recent: int = WINDOW
     signals: frozenset[Signal] = frozenset()
     rewrite: Rewrite | None = None
+    once: bool = False
 
 
 EVICTIONS = Registry(
@@ -87,6 +88,7 @@ EVICTIONS = Registry(
                 h2o,
                 signals=frozenset({"mass"}),
                 rewrite=d2o,
+                once=True,  # of one token alone, the mean similarity is its own
             ),
         ),
         ("keydiff", Eviction("keys unlike the mean key", keydiff, recent=1)),

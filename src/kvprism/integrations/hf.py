@@ -48,6 +48,8 @@ from kvprism.integrations.families import (
     windows_of,
 )
 from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
+from kvprism.integrations.retaining import RetainingLayer
+from kvprism.retention import FULL_KV, Retention
 from kvprism.score.accumulated import attention_mass
 from kvprism.score.expected import query_statistics
 from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
@@ -190,7 +192,10 @@ def _attend(
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
             layer.check_positions(kwargs.get("position_ids"))
         attention_mask = layer.mask(attention_mask, query)
-    return _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
+    out = _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
+    if layer is not None:
+        layer.observe(query, attention_mask, float(kwargs["scaling"]), kwargs.get("softcap"))
+    return out
 
 
 def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
@@ -358,7 +363,9 @@ def rope_frequencies(model: PreTrainedModel) -> torch.Tensor:
     return frequencies
 
 
-def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:
+def restore(
+    model: PreTrainedModel, kv: RequestKV, decode: Retention | Sequence[Retention] = FULL_KV
+) -> RestoredCache:
     """A cache that `model` continues at the true next position, `kv.next_position`.
 
     It goes wherever transformers takes a cache, as `**cache.kwargs` (the argument's name depends on
@@ -369,22 +376,39 @@ def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:
     token instead. A continuation that starts elsewhere raises `PositionMismatch` and leaves the
     cache as it was.
 
+    decode: the decode phase, one `Retention` for all layers or one for each: after every call a
+    layer evicts what is beyond its budget of tokens. It evicts once a call, so that a call of many
+    tokens holds them all until it ends. Such a cache cannot go back to before its last call.
+
     K/V are cast to the model's dtype and are never written to, so several questions can each have
     their own `restore` of one `kv`; what they share is not copied before the first new token.
 
     Raises:
         ShapeMismatch: layers, heads or channels are not this model's.
-        BadInput: the next position is beyond the model's last.
+        BadInput: the next position is beyond the model's last, or a number of retentions that is
+            not that of the layers.
         Unsupported: see `architecture_of` and `wrap_attention`.
     """
     windows = windows_of(model)
     _check_fits(model, kv)
     wrap_attention(model)
+    retentions = [decode] * len(windows) if isinstance(decode, Retention) else list(decode)
+    if len(retentions) != len(windows):
+        raise BadInput(
+            f"{type(model).__name__} needs one decode-phase retention, or one for each of its "
+            f"{len(windows)} layers, got {len(retentions)}"
+        )
     layers = [
-        RestoredLayer(layer, kv.next_position, model, window)
-        for layer, window in zip(kv.layers, windows, strict=True)
+        _restored(layer, retention, kv.next_position, model, window)
+        for layer, retention, window in zip(kv.layers, retentions, windows, strict=True)
     ]
     return RestoredCache(layers)
+
+
+def _restored(layer: LayerKV, retention: Retention, *restored: Any) -> RestoredLayer:
+    if retention == FULL_KV:
+        return RestoredLayer(layer, *restored)
+    return RetainingLayer(layer, retention, *restored)
 
 
 def _check_fits(model: PreTrainedModel, kv: RequestKV) -> None:

@@ -93,6 +93,15 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             "generate from the prompt alone call cache.crop(-1) first"
         )
 
+    def observe(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        softmax_scale: float,
+        softcap: float | None,
+    ) -> None:
+        """After a call: its queries and their mask, for a layer that learns from them."""
+
     def mask(self, shared: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
         """This layer's own mask: its columns of the shared one, and padding masked head by head.
 
@@ -148,7 +157,8 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         n_kept = int((self.positions < self.next_position).sum())
         super().crop(n_kept - len(self.positions))
         self.positions = self.positions[:n_kept]
-        self.held = None if self.held is None else self.held[:, :n_kept]
+        # Where nothing is left, a call begins anew, and transformers may leave its causal mask out.
+        self.held = None if self.held is None or not n_kept else self.held[:, :n_kept]
 
     def reset(self) -> None:
         """Forget everything; not in place, because the tensors may still be the caller's."""
