@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kvprism.core import DROP_CODEC, MENU, Capability, KVShape, LayerShape, Tier
+from kvprism.core import DROP_CODEC, MENU, STATE, Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.layout import (
     WHOLE,
@@ -113,8 +113,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         for layer in self.shape.layers:
-            for _, _, channels in layer.components:
-                check_menu(self.menu, channels, layer.itemsize)
+            for name, _, channels in layer.components:
+                if name not in STATE:
+                    check_menu(self.menu, channels, layer.itemsize)
         for planned in self.layers:
             highest = max(int(tiers.max()) for tiers in planned.tier_of.values())
             if highest >= len(self.menu):

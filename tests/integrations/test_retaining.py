@@ -9,10 +9,13 @@ from configs import SLIDING
 from samples import N_PROMPT, tokens
 from test_restored_heads import ATOL, by_head
 
+from kvprism.codec.stream import decode, encode
 from kvprism.errors import BadInput, PositionMismatch
 from kvprism.integrations import hf
 from kvprism.integrations.retaining import RetainingLayer
+from kvprism.planning import plan
 from kvprism.retention import FULL_KV, Retention, decode_policies
+from kvprism.state import with_mass
 
 BUDGET, STEPS = 36, 12
 EVICTING = [name for name in decode_policies() if name != "full"]
@@ -127,14 +130,20 @@ def attention_of(query, keys, positions, rows, scale):
     return paid
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_h2o_evicts_what_got_least_from_all_queries_so_far(llama, monkeypatch, ragged):
-    kv = hf.capture(llama, tokens(N_PROMPT))[0]
+@pytest.mark.parametrize(("ragged", "came"), [(False, False), (True, False), (False, True)])
+def test_h2o_evicts_what_got_least_from_all_queries_so_far(llama, monkeypatch, ragged, came):
+    """From the prompt's queries on where their mass came with the cache."""
+    kv, view = hf.capture(llama, tokens(N_PROMPT), signals={"mass"})
     kv = by_head(kv) if ragged else kv
+    if came:
+        state, views = with_mass(kv, view)
+        kv = decode(encode(state, plan(views, "raw")))
     cache = hf.restore(llama, kv, Retention("h2o", BUDGET))
     seen = Observed(monkeypatch, layer_id=1)
     steps(llama, cache, tokens(STEPS, 5))
     mass = [{} for _ in kv.layers[1].components["k"]]
+    if came:
+        mass = [dict(enumerate(head)) for head in view[1].mass.double().tolist()]
     for query, keys, positions, rows, scale, after in seen.calls:
         paid = attention_of(query, keys, positions, rows, scale)
         group = len(query) // len(keys)

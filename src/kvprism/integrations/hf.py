@@ -35,6 +35,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from kvprism.core import STATE
 from kvprism.errors import BadInput, ShapeMismatch, UnknownName, Unsupported
 from kvprism.integrations import tiny
 from kvprism.integrations.families import (
@@ -422,7 +423,8 @@ def _check_fits(model: PreTrainedModel, kv: RequestKV) -> None:
         )
     expected = {name: (config.num_key_value_heads, channels_of(config)) for name in ("k", "v")}
     for layer in kv.layers:
-        got = {name: (x.shape[0], x.shape[2]) for name, x in layer.components.items()}
+        cache = {name: x for name, x in layer.components.items() if name not in STATE}
+        got = {name: (x.shape[0], x.shape[2]) for name, x in cache.items()}
         if got != expected:
             raise ShapeMismatch(
                 f"layer {layer.layer_id}: {type(model).__name__} has (heads, channels) {expected}, "

@@ -10,6 +10,7 @@ from kvprism.integrations.restored import RestoredLayer
 from kvprism.retention import Retention, retained
 from kvprism.score.accumulated import attention_paid
 from kvprism.score.attention import WINDOW
+from kvprism.state import mass_of
 from kvprism.tensors import LayerKV, LayerView
 
 
@@ -18,7 +19,8 @@ class RetainingLayer(RestoredLayer):  # type: ignore[no-untyped-call]
 
     The tokens of a call see everything that was held before it; what is evicted is decided after
     it, with the queries of this call and of the last ones before it, and with the attention that
-    tokens got so far where the policy counts that.
+    tokens got so far where the policy counts that: from the prompt's queries on if their mass came
+    with the cache, else from the first call on.
     """
 
     def __init__(self, kv: LayerKV, retention: Retention, *restored: Any) -> None:
@@ -28,7 +30,9 @@ class RetainingLayer(RestoredLayer):  # type: ignore[no-untyped-call]
         # [head, token] of what is held, where the policy needs it.
         self._mass: torch.Tensor | None = None
         if retention.needs_mass:
-            self._mass = torch.zeros(kv.components["k"].shape[:2], device=self.keys.device)
+            came = mass_of(kv)
+            none = torch.zeros(kv.components["k"].shape[:2])
+            self._mass = (none if came is None else came).to(self.keys.device)
         self._seen = 0  # the position after the last query that was observed
 
     def observe(

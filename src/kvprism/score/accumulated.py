@@ -66,7 +66,7 @@ def attention_paid(
     """The mass that one call adds while tokens are generated, float32 `[head, token]`.
 
     queries: `[q_head, query, channel]`, keys: `[head, token, channel]`; mask: the call's own
-    `[1 or q_head, query, token]`, bool or added to the logits, or None where a query sees all.
+    `[1 or q_head, query, token]`, bool or added to the logits, or None: causal, the queries last.
     """
     q_heads, n_queries, channels = queries.shape
     heads, tokens, _ = keys.shape
@@ -74,9 +74,12 @@ def attention_paid(
     logits = torch.nan_to_num(grouped).view(q_heads, n_queries, tokens)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None and mask.dtype == torch.bool:
+    if mask is None:
+        seen = torch.ones(n_queries, tokens, dtype=torch.bool, device=logits.device)
+        mask = seen.tril(tokens - n_queries)
+    if mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    elif mask is not None:
+    else:
         logits = logits + mask.float()
     weights = logits.softmax(dim=-1).sum(dim=1)
     return weights.view(heads, -1, tokens).mean(dim=1)
