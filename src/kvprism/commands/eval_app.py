@@ -10,6 +10,8 @@ from kvprism.commands.options import (
     Budgets,
     CacheDtype,
     Codec,
+    DecodeBudget,
+    DecodePolicy,
     Importance,
     Json,
     Model,
@@ -52,6 +54,8 @@ def perplexity(
     codec: Codec = "nested",
     profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
+    decode_policy: DecodePolicy = None,
+    decode_budget: DecodeBudget = None,
     seed: Seed = 0,
     records: Records = None,
     json: Json = None,
@@ -68,7 +72,9 @@ def perplexity(
         task = run_perplexity(
             model,
             text,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
+            arms=parse_arms(
+                policy, budget, importance, codec, seed, profile, decode_policy, decode_budget
+            ),
             context=context,
             continuation=continuation,
             n_documents=documents,
@@ -98,6 +104,8 @@ def needle(
     codec: Codec = "nested",
     profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
+    decode_policy: DecodePolicy = None,
+    decode_budget: DecodeBudget = None,
     seed: Seed = 0,
     records: Records = None,
     json: Json = None,
@@ -113,7 +121,9 @@ def needle(
 
         task = run_needle(
             model,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
+            arms=parse_arms(
+                policy, budget, importance, codec, seed, profile, decode_policy, decode_budget
+            ),
             lengths=numbers(length, "--length"),
             depths=depths,
             trials=trials,
@@ -149,6 +159,8 @@ def ruler(
     codec: Codec = "nested",
     profile: ProfileFile = None,
     cache_dtype: CacheDtype = "bfloat16",
+    decode_policy: DecodePolicy = None,
+    decode_budget: DecodeBudget = None,
     seed: Seed = 0,
     records: Records = None,
     json: Json = None,
@@ -165,7 +177,9 @@ def ruler(
         suite = run_ruler(
             model,
             task,
-            arms=parse_arms(policy, budget, importance, codec, seed, profile),
+            arms=parse_arms(
+                policy, budget, importance, codec, seed, profile, decode_policy, decode_budget
+            ),
             lengths=numbers(length, "--length"),
             trials=trials,
             seed=seed,

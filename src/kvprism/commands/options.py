@@ -75,6 +75,17 @@ CacheDtype = Annotated[
         "--cache-dtype", help="Dtype of the prefill side's cache: bfloat16, float16 or float32."
     ),
 ]
+DecodePolicy = Annotated[
+    str | None,
+    typer.Option(
+        "--decode-policy",
+        help="Evict while tokens are generated too: full,h2o has every arm without and with it.",
+    ),
+]
+DecodeBudget = Annotated[
+    str | None,
+    typer.Option("--decode-budget", help="What a layer may hold then, such as 256tok."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Records = Annotated[
     Path | None,

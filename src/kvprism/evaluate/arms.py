@@ -13,6 +13,8 @@ from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, split_floor
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
+from kvprism.retention import FULL_KV, Retention
+from kvprism.state import with_mass
 from kvprism.tensors import LayerView, RequestKV
 
 RAW = "raw"
@@ -50,7 +52,8 @@ class SavedProfile:
 class Arm:
     """One column of a table: a policy at a budget (none for the fixed-rate policies).
 
-    saved: the model's profile, which some policies and codecs need.
+    saved: the model's profile, which some policies and codecs need; decode: what the layers keep
+    while tokens are generated, all if None.
 
     Raises:
         UnknownName: no such policy.
@@ -61,6 +64,7 @@ class Arm:
     budget: float | str | None = None
     options: PlanOptions = DEFAULT_OPTIONS
     saved: SavedProfile | None = None
+    decode: Retention | None = None
 
     def __post_init__(self) -> None:
         if self.fixed_rate != (self.budget is None):
@@ -86,10 +90,12 @@ def arms_of(
     budgets: Iterable[str | float],
     options: PlanOptions = DEFAULT_OPTIONS,
     saved: SavedProfile | None = None,
+    decode: Sequence[Retention] = (FULL_KV,),
 ) -> tuple[Arm, ...]:
     """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
 
-    policies: names, each with `:codec` behind it if its code is not that of `options`.
+    policies: names, each with `:codec` behind it if its code is not that of `options`; decode: the
+    decode phases, under each of which all policies go. The baseline keeps everything.
 
     Raises:
         UnknownName: no such policy or codec.
@@ -103,7 +109,10 @@ def arms_of(
         if POLICIES[policy].budgeted and not wanted:
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
         for budget in wanted if POLICIES[policy].budgeted else [None]:
-            arms.append(Arm(policy, budget, own, saved))
+            arms += [
+                Arm(policy, budget, own, saved, None if phase == FULL_KV else phase)
+                for phase in decode
+            ]
     return tuple(dict.fromkeys(arms))
 
 
@@ -129,10 +138,14 @@ def policy_budget(text: str | float) -> float | str:
 def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tuple[RequestKV, Plan]:
     """Plan, encode and decode: what the decode side would hold, and what it cost.
 
+    A decode phase that counts attention from the prompt on gets the prompt's, billed with the rest.
+
     Raises:
         BudgetTooSmall: nothing legal fits this arm's budget.
         MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
+    if arm.decode is not None and arm.decode.needs_mass:
+        kv, view = with_mass(kv, view)
     chosen = plan(
         view,
         arm.policy,

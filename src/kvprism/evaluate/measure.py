@@ -13,6 +13,7 @@ from kvprism.evaluate.arms import RAW, Arm, through_the_wire
 from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
+from kvprism.retention import Retention
 from kvprism.tensors import DTYPES, LayerView, RequestKV
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
@@ -67,7 +68,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     nll: summed over the answers' `targets` tokens, in nats; right: of how many of the `answers`
     every token was the most likely one; kl: KL(raw || arm) of every fed position, in nats; flips:
-    fed positions whose most likely token is another than raw's.
+    fed positions whose most likely token is another than raw's; resident_bytes: what the restored
+    cache takes, or, where layers evict while they decode, what they hold at the end.
     """
 
     wire_bytes: int
@@ -110,6 +112,8 @@ def measure(
     if cache_dtype not in DTYPES:
         raise BadInput(f"cache dtype {cache_dtype!r} is not in {list(DTYPES)}")
     signals = signals_of(arm.policy for arm in arms)
+    if any(arm.decode is not None and arm.decode.needs_mass for arm in arms):
+        signals |= {"mass"}
     kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype], signals=signals)
     if query_aware:
         view = asked_about(model, case, view)
@@ -120,14 +124,18 @@ def measure(
         except BudgetTooSmall as error:
             yield arm, error
             continue
-        logits = continue_on(model, restored, case.fed)
+        resident = restored.resident_nbytes
+        if arm.decode is None:
+            logits = continue_on(model, restored, case.fed)
+        else:
+            logits, resident = step_on(model, restored, case.fed, arm.decode)
         _require_finite(logits, arm)
         raw = logits if raw is None else raw
-        yield arm, _outcome(plan, restored, case, raw, logits)
+        yield arm, _outcome(plan, resident, case, raw, logits)
 
 
 def _outcome(
-    plan: Plan, restored: RequestKV, case: Case, raw: torch.Tensor, logits: torch.Tensor
+    plan: Plan, resident: int, case: Case, raw: torch.Tensor, logits: torch.Tensor
 ) -> Outcome:
     kl, flips = divergence(raw, logits)
     scored = [_score(logits, case.continuation, answer) for answer in case.answers]
@@ -135,7 +143,7 @@ def _outcome(
         wire_bytes=plan.nbytes,
         reference_bytes=plan.shape.reference_nbytes,
         native_bytes=plan.shape.native_nbytes,
-        resident_bytes=restored.resident_nbytes,
+        resident_bytes=resident,
         nll=sum(nll for nll, _ in scored),
         targets=sum(answer.stop - answer.start for answer in case.answers),
         answers=len(scored),
@@ -174,6 +182,22 @@ def continue_on(model: Any, kv: RequestKV, fed: torch.Tensor) -> torch.Tensor:
         out = model(fed[None].to(model.device), **restore(model, kv).kwargs, use_cache=True)
     logits: torch.Tensor = out.logits[0]
     return logits
+
+
+def step_on(
+    model: Any, kv: RequestKV, fed: torch.Tensor, decode: Retention
+) -> tuple[torch.Tensor, int]:
+    """Logits as `continue_on`, one token a call, with a decode phase; and the bytes held then.
+
+    Bytes are counted in the cache's own dtype, padding of heads and state of the policy included.
+    """
+    cache = restore(model, kv, decode)
+    with torch.no_grad():
+        steps = [
+            model(token[None].to(model.device), **cache.kwargs, use_cache=True).logits[0]
+            for token in torch.split(fed, 1)
+        ]
+    return torch.cat(steps), cache.held_values * kv.layers[0].dtype.itemsize
 
 
 def divergence(raw: torch.Tensor, arm: torch.Tensor) -> tuple[tuple[float, ...], int]:

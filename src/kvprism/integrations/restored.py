@@ -46,6 +46,11 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_sliding = window is not None  # which of the model's shared masks is sized by it
         self.start = first_visible(window, next_position)  # what came before it is lost for good
 
+    @property
+    def held_values(self) -> int:
+        """How many values are in memory, padding of heads included."""
+        return self.keys.numel() + self.values.numel()
+
     def get_seq_length(self) -> int:
         return self.next_position
 
@@ -175,6 +180,12 @@ class RestoredCache(Cache):
     def kwargs(self) -> "dict[str, RestoredCache]":
         """This cache under the name by which the installed transformers takes one."""
         return {CACHE: self}
+
+    @property
+    def held_values(self) -> int:
+        """How many values are in memory, padding of heads included."""
+        layers: list[Any] = self.layers
+        return sum(layer.held_values for layer in layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions, in all layers or, on an error, in none."""

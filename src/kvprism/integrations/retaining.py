@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from kvprism.core import MASS_CHANNELS
 from kvprism.errors import PositionMismatch
 from kvprism.integrations.restored import RestoredLayer
 from kvprism.retention import Retention, retained
@@ -34,6 +35,12 @@ class RetainingLayer(RestoredLayer):  # type: ignore[no-untyped-call]
             none = torch.zeros(kv.components["k"].shape[:2])
             self._mass = (none if came is None else came).to(self.keys.device)
         self._seen = 0  # the position after the last query that was observed
+
+    @property
+    def held_values(self) -> int:
+        """As a restored layer, and the mass as it travels: two values a row."""
+        mass = 0 if self._mass is None else MASS_CHANNELS * self._mass.numel()
+        return super().held_values + mass
 
     def observe(
         self,
