@@ -110,11 +110,22 @@ EVICTIONS = Registry(
         ),
         (
             "defensivekv",
-            Eviction("worst case over window and group", defensivekv, heads="adaptive"),
+            Eviction(
+                "worst case over window and group, times the projected value",
+                defensivekv,
+                heads="adaptive",
+                signals=frozenset({"output_norms"}),
+            ),
         ),
         (
             "layer-defensivekv",
-            Eviction("the same with one top-k over all layers", defensivekv, pooled, heads="flat"),
+            Eviction(
+                "the same with one top-k over all layers",
+                defensivekv,
+                pooled,
+                heads="flat",
+                signals=frozenset({"output_norms"}),
+            ),
         ),
     ],
 )

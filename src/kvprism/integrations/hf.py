@@ -53,6 +53,7 @@ from kvprism.integrations.retaining import RetainingLayer
 from kvprism.retention import FULL_KV, Retention
 from kvprism.score.accumulated import attention_mass
 from kvprism.score.expected import query_statistics
+from kvprism.score.output import output_norms
 from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
 
 __all__ = [
@@ -187,7 +188,7 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
-        kvprism_recorder.record(module.layer_idx, query, key, kwargs)
+        kvprism_recorder.record(module, query, key, value, kwargs)
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
@@ -229,16 +230,21 @@ class _QueryRecorder:
         recorded = self.views[kv.layer_id]
         own = {
             name: recorded[name][:, -len(kv.positions) :]
-            for name in ("queries", "mass")
+            for name in ("queries", "mass", "output_norms")
             if name in recorded
         }
         return LayerView(kv, **(recorded | own))
 
     def record(
-        self, layer_id: int, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kwargs: dict[str, Any],
     ) -> None:
         scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
-        window = self._windows[layer_id]
+        window = self._windows[module.layer_idx]
         recorded: dict[str, Any] = {
             "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
             "softmax_scale": scale,
@@ -248,7 +254,9 @@ class _QueryRecorder:
             recorded["mass"] = attention_mass(query[0], key[0], scale, softcap, window)
         if self._frequencies is not None:
             recorded["future_queries"] = query_statistics(query[0], self._frequencies)
-        self.views[layer_id] = recorded
+        if "output_norms" in self._signals:
+            recorded["output_norms"] = output_norms(value[0], module.o_proj.weight)
+        self.views[module.layer_idx] = recorded
 
 
 def capture(
@@ -268,7 +276,8 @@ def capture(
 
     signals: what some policies need besides (`policies.signals_of` says which), at a price: `mass`
     computes the attention of the whole prompt a second time, in chunks of queries;
-    `future_queries` takes mean and covariance of all queries.
+    `future_queries` takes mean and covariance of all queries; `output_norms` projects all values by
+    the output matrix once more for each query head.
 
     Raises:
         UnknownName: no such signal.
