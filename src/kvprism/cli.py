@@ -14,6 +14,7 @@ from kvprism.commands.options import (
     BudgetText,
     CacheDtype,
     Codec,
+    DecodeBudget,
     First,
     Importance,
     Json,
@@ -23,6 +24,7 @@ from kvprism.commands.options import (
     ProfileFile,
     Prompt,
     Seed,
+    SideDecodePolicy,
     TokenFile,
     numbers,
 )
@@ -157,6 +159,7 @@ def prefill(
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
+    decode_policy: SideDecodePolicy = "full",
     allow_remote: AllowRemote = False,
     json: Json = None,
 ) -> None:
@@ -179,6 +182,7 @@ def prefill(
                 allow_remote=allow_remote,
                 say=say,
                 profile=profile,
+                decode_policy=decode_policy,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -199,6 +203,8 @@ def decode(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0, help="Seconds to wait for a cache.")
     ] = 600.0,
+    decode_policy: SideDecodePolicy = "full",
+    decode_budget: DecodeBudget = None,
     allow_remote: AllowRemote = False,
     json: Json = None,
 ) -> None:
@@ -224,6 +230,8 @@ def decode(
                 allow_remote=allow_remote,
                 say=say,
                 profile=profile,
+                decode_policy=decode_policy,
+                decode_budget=decode_budget,
             )
         show_transfer(result)
         console.write_json(json, result)

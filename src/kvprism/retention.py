@@ -81,13 +81,20 @@ class Retention:
     @property
     def needs_mass(self) -> bool:
         """Whether the policy goes on with the attention that tokens got from all queries so far."""
-        return self.row is not None and "mass" in self.row.signals
+        return needs_mass(self.policy)
 
 
 def decode_policies() -> list[str]:
     """The names that `Retention` takes."""
     rows = [name for name, row in EVICTIONS.items() if row.signals <= {"mass"} and not row.once]
     return [FULL, *rows]
+
+
+def needs_mass(policy: str) -> bool:
+    """Whether a decode phase by this policy goes on with the prompt's mass; errors as the class."""
+    if policy not in decode_policies():
+        raise UnknownName("decode-phase policy", policy, decode_policies())
+    return policy != FULL and "mass" in EVICTIONS[policy].signals
 
 
 FULL_KV = Retention()

@@ -82,6 +82,13 @@ DecodePolicy = Annotated[
         help="Evict while tokens are generated too: full,h2o has every arm without and with it.",
     ),
 ]
+SideDecodePolicy = Annotated[
+    str,
+    typer.Option(
+        "--decode-policy",
+        help="By what the decode side evicts while it generates, such as h2o; both sides need it.",
+    ),
+]
 DecodeBudget = Annotated[
     str | None,
     typer.Option("--decode-budget", help="What a layer may hold then, such as 256tok."),
