@@ -1,5 +1,7 @@
 """State that decoding goes on with: named, billed to the byte, refused where nobody wants it."""
 
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from kvprism.errors import (
     ProtocolViolation,
     Rejected,
 )
+from kvprism.layout import Split
 from kvprism.pipeline import Receiver
 from kvprism.planning import plan
 from kvprism.plans import offer_of
@@ -24,6 +27,7 @@ from kvprism.state import expecting_mass, mass_of, with_mass
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 from kvprism.wire.frames import frame_nbytes, pack
 
+GOLDEN = Path(__file__).parent / "codec" / "golden" / "mass-1.0.kvp"
 LAYERS, HEADS, TOKENS = 2, 2, 96
 PER_HEAD = Capability(drop="per_head")
 ARMS = [("raw", None), ("int8", None), ("spectrum", 0.5), ("spectrum-2tier", 0.4),
@@ -143,6 +147,34 @@ def test_an_offer_of_such_state_is_refused_before_anything_is_allocated() -> Non
     rest = encode(kv, chosen)[frame_nbytes(offer) :]
     with pytest.raises(ProtocolViolation, match=r"the offer describes no cache: .*60000 heads"):
         decode(pack(forged) + rest)
+
+
+def golden() -> tuple[RequestKV, tuple[LayerView, ...], bytes]:
+    """Tokens 3 dropped, the others in every tier; from integers alone."""
+
+    def component(offset: int) -> torch.Tensor:
+        values = [((i * 37 + offset) % 239 - 119) / 8 for i in range(2 * 6 * 8)]
+        return torch.tensor(values).reshape(2, 6, 8).bfloat16()
+
+    layer = LayerKV(3, {"k": component(0), "v": component(100)}, torch.arange(6))
+    mass = torch.tensor([(i * 37 % 239) / 7 for i in range(12)]).reshape(2, 6)
+    kv, views = with_mass(RequestKV((layer,), 6), (LayerView(layer, mass=mass),))
+    tiers = np.array([[0, 1, 2, 3, 1, 2]], np.uint8)
+    state = np.where(tiers == DROP, np.uint8(DROP), np.uint8(NATIVE))
+    plan = plan_of(kv, lambda _, name: state if name == MASS else tiers, split=Split(tokens=4))
+    return kv, views, encode(kv, plan)
+
+
+def test_not_a_byte_of_the_golden_stream_changes() -> None:
+    assert golden()[2] == GOLDEN.read_bytes()
+
+
+def test_the_golden_stream_reads_back() -> None:
+    _, [view], _ = golden()
+    [layer] = decode(GOLDEN.read_bytes()).layers
+    assert layer.positions.tolist() == [0, 1, 2, 4, 5]
+    assert view.mass is not None
+    torch.testing.assert_close(mass_of(layer), view.mass[:, layer.positions], rtol=2**-16, atol=0)
 
 
 @pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
