@@ -6,6 +6,7 @@ scorers see the same `LayerView`, with the queries of the calls instead of the p
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -82,6 +83,40 @@ class Retention:
     def needs_mass(self) -> bool:
         """Whether the policy goes on with the attention that tokens got from all queries so far."""
         return needs_mass(self.policy)
+
+
+# One for all layers, or one for each.
+Decode = Retention | tuple[Retention, ...]
+
+
+def per_layer(decode: Decode, n_layers: int) -> tuple[Retention, ...]:
+    """One for each of `n_layers`; `BadInput` when there are others."""
+    retentions = (decode,) * n_layers if isinstance(decode, Retention) else decode
+    if len(retentions) != n_layers:
+        raise BadInput(
+            f"a decode phase needs one retention, or one for each of {n_layers} layers, got "
+            f"{len(retentions)}"
+        )
+    return retentions
+
+
+def label_of(decode: Decode) -> str:
+    """As records name it.
+
+    Example:
+        >>> label_of(Retention("h2o", 256))
+        'h2o@256tok'
+        >>> label_of((FULL_KV, FULL_KV, Retention("tova", 64)))
+        '0-1: full, 2: tova@64tok'
+    """
+    if isinstance(decode, Retention):
+        return str(decode)
+    parts = []
+    for its, group in groupby(enumerate(decode), key=lambda pair: pair[1]):
+        layers = [layer for layer, _ in group]
+        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        parts.append(f"{span}: {its}")
+    return ", ".join(parts)
 
 
 def decode_policies() -> list[str]:

@@ -10,16 +10,22 @@ from kvprism.errors import CodecError, MissingSignal
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
 
-def with_mass(kv: RequestKV, view: Sequence[LayerView]) -> tuple[RequestKV, tuple[LayerView, ...]]:
+def with_mass(
+    kv: RequestKV, view: Sequence[LayerView], layers: Sequence[bool] | None = None
+) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """A captured request with its attention mass as a component, and the views of that.
 
-    A plan for it bills the mass with the tokens: 2 values a kept row, in the cache's dtype.
+    layers: which of them, all if None. A plan for it bills the mass with the tokens: 2 values a
+    kept row, in the cache's dtype.
 
     Raises:
         MissingSignal: the capture was not asked for the mass.
     """
     views = []
-    for layer in view:
+    for layer, wanted in zip(view, layers or [True] * len(view), strict=True):
+        if not wanted:
+            views.append(layer)
+            continue
         if layer.mass is None:
             raise MissingSignal(
                 f"layer {layer.kv.layer_id}: a decode phase that counts attention goes on with the "

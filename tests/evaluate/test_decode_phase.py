@@ -87,6 +87,18 @@ def test_the_mass_travels_where_the_decode_phase_counts_it(subject: LoadedModel,
         assert (MASS in plan.layers[0].tier_of) == expected
 
 
+def test_every_layer_may_have_a_phase_of_its_own(subject: LoadedModel, case: Case) -> None:
+    n_layers = subject.model.config.num_hidden_layers
+    phase = (FULL_KV, H2O, *[Retention("tova", 48)] * (n_layers - 2))
+    arm = Arm("raw", decode=phase)
+    assert key_of(arm).decode == f"0: full, 1: h2o@48tok, 2-{n_layers - 1}: tova@48tok"
+    kv, view = capture(subject.model, case.context, signals={"mass"})
+    got, _ = through_the_wire(kv, view, arm)
+    assert [MASS in layer.components for layer in got.layers] == [i == 1 for i in range(n_layers)]
+    (_, raw), (_, evicted) = measure(subject.model, case, (Arm("raw"), arm))
+    assert raw.wire_bytes < evicted.wire_bytes and sum(evicted.kl) > 0
+
+
 def test_rows_say_which_phase_and_compare_with_everything_kept(tmp_path: Path) -> None:
     arms = arms_of(["raw", "spectrum", "int4"], ["0.3"], decode=[FULL_KV, H2O])
     records = collect(Synthetic(arms=arms), tmp_path / "records.jsonl")

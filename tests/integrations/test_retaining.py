@@ -175,14 +175,14 @@ def test_layers_have_policies_and_budgets_of_their_own(llama):
     kv = hf.capture(llama, tokens(N_PROMPT))[0]
     n_layers = len(kv.layers)
     retentions = [FULL_KV, Retention("streaming-llm", 40), *[Retention("tova", 9)] * n_layers]
-    cache = hf.restore(llama, kv, retentions[:n_layers])
+    cache = hf.restore(llama, kv, tuple(retentions[:n_layers]))
     steps(llama, cache, tokens(3, 5))
     lengths = [len(layer.positions) for layer in cache.layers]
     assert lengths[:2] == [N_PROMPT + 3, 40] and set(lengths[2:]) <= {9}
     newest = N_PROMPT + 2
     assert rows_of(cache.layers[1])[0] == [0, 1, 2, 3, *range(newest - 35, newest + 1)]
-    with pytest.raises(BadInput, match=f"one for each of its {n_layers} layers, got 1"):
-        hf.restore(llama, kv, [FULL_KV])
+    with pytest.raises(BadInput, match=f"one for each of {n_layers} layers, got 1"):
+        hf.restore(llama, kv, (FULL_KV,))
 
 
 def test_a_call_of_many_tokens_evicts_when_it_ends(llama):

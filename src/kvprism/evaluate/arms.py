@@ -13,7 +13,7 @@ from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, split_floor
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
-from kvprism.retention import FULL_KV, Retention
+from kvprism.retention import FULL_KV, Decode, Retention, per_layer
 from kvprism.state import with_mass
 from kvprism.tensors import LayerView, RequestKV
 
@@ -64,7 +64,7 @@ class Arm:
     budget: float | str | None = None
     options: PlanOptions = DEFAULT_OPTIONS
     saved: SavedProfile | None = None
-    decode: Retention | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         if self.fixed_rate != (self.budget is None):
@@ -79,6 +79,12 @@ class Arm:
     @property
     def profile(self) -> Profile | None:
         return None if self.saved is None else self.saved.profile
+
+    def masses(self, n_layers: int) -> list[bool]:
+        """Which layers' decode phase goes on with the attention mass of the prompt."""
+        if self.decode is None:
+            return [False] * n_layers
+        return [its.needs_mass for its in per_layer(self.decode, n_layers)]
 
     def for_document(self, document: int) -> "Arm":
         """The same arm with this document's random order; reproducible from seed and number."""
@@ -144,8 +150,8 @@ def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tupl
         BudgetTooSmall: nothing legal fits this arm's budget.
         MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
-    if arm.decode is not None and arm.decode.needs_mass:
-        kv, view = with_mass(kv, view)
+    if any(masses := arm.masses(len(view))):
+        kv, view = with_mass(kv, view, masses)
     chosen = plan(
         view,
         arm.policy,

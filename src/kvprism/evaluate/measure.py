@@ -13,7 +13,7 @@ from kvprism.evaluate.arms import RAW, Arm, through_the_wire
 from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
-from kvprism.retention import Retention
+from kvprism.retention import Decode
 from kvprism.tensors import DTYPES, LayerView, RequestKV
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
@@ -112,7 +112,7 @@ def measure(
     if cache_dtype not in DTYPES:
         raise BadInput(f"cache dtype {cache_dtype!r} is not in {list(DTYPES)}")
     signals = signals_of(arm.policy for arm in arms)
-    if any(arm.decode is not None and arm.decode.needs_mass for arm in arms):
+    if any(any(arm.masses(model.config.num_hidden_layers)) for arm in arms):
         signals |= {"mass"}
     kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype], signals=signals)
     if query_aware:
@@ -185,7 +185,7 @@ def continue_on(model: Any, kv: RequestKV, fed: torch.Tensor) -> torch.Tensor:
 
 
 def step_on(
-    model: Any, kv: RequestKV, fed: torch.Tensor, decode: Retention
+    model: Any, kv: RequestKV, fed: torch.Tensor, decode: Decode
 ) -> tuple[torch.Tensor, int]:
     """Logits as `continue_on`, one token a call, with a decode phase; and the bytes held then.
 

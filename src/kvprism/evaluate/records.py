@@ -16,6 +16,7 @@ from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.arms import Arm
 from kvprism.evaluate.measure import Outcome
 from kvprism.evaluate.rows import Provenance, replace_file
+from kvprism.retention import label_of
 
 FORMAT = "kvprism-records/2"
 SHOWN_DIFFERENCES = 4
@@ -113,7 +114,7 @@ def header_of(task: str, model: str, seed: int, configuration: Any, found: Prove
 
 def key_of(arm: Arm) -> ArmKey:
     """The arm as records name it."""
-    decode = None if arm.decode is None else str(arm.decode)
+    decode = None if arm.decode is None else label_of(arm.decode)
     return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance, decode)
 
 

@@ -50,7 +50,7 @@ from kvprism.integrations.families import (
 )
 from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
 from kvprism.integrations.retaining import RetainingLayer
-from kvprism.retention import FULL_KV, Retention
+from kvprism.retention import FULL_KV, Decode, Retention, per_layer
 from kvprism.score.accumulated import attention_mass
 from kvprism.score.expected import query_statistics
 from kvprism.score.output import output_norms
@@ -373,9 +373,7 @@ def rope_frequencies(model: PreTrainedModel) -> torch.Tensor:
     return frequencies
 
 
-def restore(
-    model: PreTrainedModel, kv: RequestKV, decode: Retention | Sequence[Retention] = FULL_KV
-) -> RestoredCache:
+def restore(model: PreTrainedModel, kv: RequestKV, decode: Decode = FULL_KV) -> RestoredCache:
     """A cache that `model` continues at the true next position, `kv.next_position`.
 
     It goes wherever transformers takes a cache, as `**cache.kwargs` (the argument's name depends on
@@ -402,12 +400,7 @@ def restore(
     windows = windows_of(model)
     _check_fits(model, kv)
     wrap_attention(model)
-    retentions = [decode] * len(windows) if isinstance(decode, Retention) else list(decode)
-    if len(retentions) != len(windows):
-        raise BadInput(
-            f"{type(model).__name__} needs one decode-phase retention, or one for each of its "
-            f"{len(windows)} layers, got {len(retentions)}"
-        )
+    retentions = per_layer(decode, len(windows))
     layers = [
         _restored(layer, retention, kv.next_position, model, window)
         for layer, retention, window in zip(kv.layers, retentions, windows, strict=True)
