@@ -47,7 +47,8 @@ def kept_of(planned: LayerPlan) -> NDArray[np.bool_]:
 def slow_cam(view: LayerView, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
     weights = slow.attention(view)
     values = view.kv.components["v"].double().numpy()
-    drawn = torch.rand(HEADS, TOKENS, generator=torch.Generator().manual_seed(view.kv.layer_id))
+    seed = (TOKENS - 1) * 2**16 + view.kv.layer_id
+    drawn = torch.rand(HEADS, TOKENS, generator=torch.Generator().manual_seed(seed))
     merged = values.copy()
     for head in range(HEADS):
         group = slow.group_of(view, head)

@@ -26,7 +26,7 @@ def cam(view: LayerView, planned: LayerPlan) -> LayerKV:
     A dropped token i is merged with probability min(1, a_i / max a_j), a the mean attention of the
     window's queries, j the last 32 tokens: v_i / m is added to the values of the m = 32 kept tokens
     after it (of as many as there are). Heads draw for themselves. The draws are seeded by the
-    layer's number, so that a plan has one rewrite.
+    layer's number and last position, so that a plan has one rewrite and every step its own draws.
 
     The paper merges while it decodes, one token a step, and so may pass on what was merged into a
     token before; here all are merged at once, each with its own value.
@@ -35,7 +35,8 @@ def cam(view: LayerView, planned: LayerPlan) -> LayerKV:
         MissingSignal: the capture recorded no queries.
     """
     kept, dropped = _rows(view, planned)
-    generator = torch.Generator().manual_seed(view.kv.layer_id)
+    seed = int(view.kv.positions[-1]) * 2**16 + view.kv.layer_id
+    generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(kept.shape, generator=generator).to(kept.device)
     values = view.kv.components["v"].double()
     merged = dropped & (drawn < merge_chances(view)) & values.isfinite().all(dim=-1)
