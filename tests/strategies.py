@@ -69,6 +69,7 @@ def _signals(
     return {
         "mass": torch.rand(heads, tokens, generator=generator),
         "future_queries": QueryStatistics(mean, factor @ factor.mT / channels),
+        "output_norms": 1 + torch.rand(heads, tokens, generator=torch.Generator().manual_seed(5)),
     }
 
 

@@ -1,5 +1,6 @@
 """The eviction rows: who chooses what, what is protected, and what they need; bytes and memory."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -20,8 +21,9 @@ from kvprism.tensors import LayerKV, LayerView, RequestKV
 TOKENS, LAYERS, HEADS = 160, 3, 2
 PER_HEAD = Capability(drop="per_head")
 # What each of them needs of a capture beyond the cache, and who decides by head in its paper.
-WITHOUT_QUERIES = ["streaming-llm", "h2o", "keydiff", "knorm", "expected-attention"]
+WITHOUT_QUERIES = ["streaming-llm", "h2o", "d2o", "keydiff", "knorm", "expected-attention"]
 SHARED = ["streaming-llm", "tova"]
+MERGING = ["cam", "d2o"]
 UNEVEN_LAYERS = ["pyramidkv", "cake", "lava", "layer-defensivekv"]
 UNEVEN_HEADS = ["ada-kv", "lava", "defensivekv", "layer-defensivekv"]
 
@@ -39,8 +41,7 @@ def prompt_view() -> tuple[LayerView, ...]:
         assert view.queries is not None
         queries = torch.lerp(view.queries, view.queries[:, :1], i / LAYERS)
         sharper = torch.tensor([1.0, 1.0, 2.0, 2.0])[:, None, None] * (1 + i)
-        views.append(LayerView(view.kv, queries * sharper, view.softmax_scale, None,
-                               view.mass, view.future_queries))  # fmt: skip
+        views.append(replace(view, queries=queries * sharper))
     return tuple(views)
 
 
@@ -135,6 +136,9 @@ def test_bytes_are_freed_on_the_wire_and_in_memory(policy: str, by_head: bool) -
     if not by_head:
         assert got.resident_nbytes < 0.40 * kv.resident_nbytes
     for layer, whole, number in zip(got.layers, kv.layers, range(LAYERS), strict=True):
+        rewrite = chosen.layers[number].rewrite
+        assert (rewrite is not None) == (policy in MERGING)
+        whole = whole if rewrite is None else rewrite(whole)
         rows = kept(chosen, number)
         assert layer.positions.tolist() == np.flatnonzero(rows.any(axis=0)).tolist()
         held = torch.from_numpy(rows[:, layer.positions])
@@ -186,7 +190,7 @@ def test_what_was_not_captured_is_missed_with_a_way_out(policy: str) -> None:
 def test_a_capture_is_asked_for_what_its_policies_need() -> None:
     assert signals_of(["spectrum", "snapkv", "full"]) == frozenset()
     assert signals_of(["h2o", "snapkv"]) == {"mass"}
-    assert signals_of(EVICTIONS) == {"mass", "future_queries"}
+    assert signals_of(EVICTIONS) == {"mass", "future_queries", "output_norms"}
     with pytest.raises(UnknownName, match="unknown policy 'h20'"):
         signals_of(["h20"])
 
@@ -197,10 +201,8 @@ def test_a_layer_with_a_window_takes_part_with_what_it_holds(policy: str) -> Non
     kv, view = prompt(), list(prompt_view())
     short = LayerKV(1, {n: x[:, -40:] for n, x in kv.layers[1].components.items()},
                     kv.layers[1].positions[-40:])  # fmt: skip
-    mass, queries = view[1].mass, view[1].queries
-    assert mass is not None and queries is not None
-    view[1] = LayerView(short, queries, view[1].softmax_scale, None, mass[:, -40:],
-                        view[1].future_queries)  # fmt: skip
+    own = {name: getattr(view[1], name)[:, -40:] for name in ("mass", "output_norms")}
+    view[1] = replace(view[1], kv=short, **own)
     windowed = RequestKV((kv.layers[0], short, kv.layers[2]), TOKENS)
     for capability in (Capability(), PER_HEAD):
         chosen = plan(view, policy, 0.6, capability=capability)

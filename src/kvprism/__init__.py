@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvprism.plans import Plan
     from kvprism.policies import signals_of
     from kvprism.profiles import Profile
+    from kvprism.retention import Retention
+    from kvprism.state import with_mass
 
 __all__ = [
     "Budget",
@@ -23,6 +25,7 @@ __all__ = [
     "PlanOptions",
     "Profile",
     "Receiver",
+    "Retention",
     "Sender",
     "Tier",
     "capture",
@@ -34,6 +37,7 @@ __all__ = [
     "plan",
     "restore",
     "signals_of",
+    "with_mass",
 ]
 
 _HOME = {
@@ -43,6 +47,7 @@ _HOME = {
     "PlanOptions": "kvprism.planning",
     "Profile": "kvprism.profiles",
     "Receiver": "kvprism.pipeline",
+    "Retention": "kvprism.retention",
     "Sender": "kvprism.pipeline",
     "Tier": "kvprism.core",
     "capture": "kvprism.integrations.hf",
@@ -53,6 +58,7 @@ _HOME = {
     "plan": "kvprism.planning",
     "restore": "kvprism.integrations.hf",
     "signals_of": "kvprism.policies",
+    "with_mass": "kvprism.state",
 }
 
 

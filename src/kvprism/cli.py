@@ -14,6 +14,7 @@ from kvprism.commands.options import (
     BudgetText,
     CacheDtype,
     Codec,
+    DecodeBudget,
     First,
     Importance,
     Json,
@@ -23,6 +24,7 @@ from kvprism.commands.options import (
     ProfileFile,
     Prompt,
     Seed,
+    SideDecodePolicy,
     TokenFile,
 )
 
@@ -155,6 +157,7 @@ def prefill(
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
+    decode_policy: SideDecodePolicy = "full",
     allow_remote: AllowRemote = False,
     json: Json = None,
 ) -> None:
@@ -177,6 +180,7 @@ def prefill(
                 allow_remote=allow_remote,
                 say=say,
                 profile=profile,
+                decode_policy=decode_policy,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -197,6 +201,8 @@ def decode(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0, help="Seconds to wait for a cache.")
     ] = 600.0,
+    decode_policy: SideDecodePolicy = "full",
+    decode_budget: DecodeBudget = None,
     allow_remote: AllowRemote = False,
     json: Json = None,
 ) -> None:
@@ -222,6 +228,8 @@ def decode(
                 allow_remote=allow_remote,
                 say=say,
                 profile=profile,
+                decode_policy=decode_policy,
+                decode_budget=decode_budget,
             )
         show_transfer(result)
         console.write_json(json, result)

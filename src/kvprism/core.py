@@ -32,10 +32,13 @@ FP8_CODEC = "kvp.fp8-e4m3/1"
 
 # The component that key conditioning is for.
 KEYS = "k"
+# What a decode-phase policy goes on with: sent and billed as a component, but no part of the cache.
+MASS, MASS_CHANNELS = "mass", 2
+STATE = frozenset({MASS})
 
 
 class ComponentShape(NamedTuple):
-    """One named tensor of a layer's cache: `k` and `v` in dense attention."""
+    """One named tensor of a layer: `k` and `v` in dense attention, and what is in `STATE`."""
 
     name: str
     heads: int
@@ -75,6 +78,17 @@ class LayerShape:
                     f"layer {self.layer_id} component {name!r}: needs at least one head and an "
                     f"even number of channels, got {heads} heads of {channels}"
                 )
+        self._check_state()
+
+    def _check_state(self) -> None:
+        heads = {c.name: c.heads for c in self.components}
+        for name, own, channels in self.components:
+            if name in STATE and (own, channels) != (heads.get(KEYS), MASS_CHANNELS):
+                raise BadInput(
+                    f"layer {self.layer_id}: state {name!r} has the heads of {KEYS!r} and "
+                    f"{MASS_CHANNELS} channels, got {own} heads of {channels} beside "
+                    f"{heads.get(KEYS)}"
+                )
 
     def __str__(self) -> str:
         start, stop = self.token_range
@@ -95,7 +109,9 @@ class LayerShape:
 
     @property
     def n_values(self) -> int:
-        return self.n_tokens * sum(c.heads * c.channels for c in self.components)
+        """Of the cache: state is billed, and is in no denominator."""
+        cache = [c for c in self.components if c.name not in STATE]
+        return self.n_tokens * sum(c.heads * c.channels for c in cache)
 
     @property
     def reference_nbytes(self) -> int:

@@ -5,10 +5,10 @@ the layer whose turn it is and there to the best scores, until the budget is ful
 *unit*: one token in all heads of its layer (`shared`), or one row of one head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ class LayerProblem:
     heads; heads: who chooses tokens: `shared` (all heads of the layer the same, by their mean
     score), `even` (each its own, as many as the others), `adaptive` (Ada-KV, arXiv 2407.11550,
     algorithms 1 and 2: a head's number is a fifth of the mean and four fifths of what it has in the
-    top-k over all heads), `flat` (that top-k itself).
+    top-k over all heads), `flat` (that top-k itself); rewrite: of a merging policy, what becomes of
+    the layer under a plan of it, see `LayerPlan`.
 
     Raises:
         Unsupported: components with other numbers of heads, unless heads share.
@@ -42,6 +43,7 @@ class LayerProblem:
     scores: NDArray[np.floating]
     protected: NDArray[np.bool_]
     heads: Heads = "shared"
+    rewrite: Callable[[LayerPlan, Any], Any] | None = None
 
     def __post_init__(self) -> None:
         counts = {component.heads for component in self.shape.components}
@@ -107,13 +109,16 @@ class LayerProblem:
         for head, (ranks, count) in enumerate(zip(self._ranks, self.counts(n), strict=True)):
             kept[head, self.candidates[ranks[:count]]] = True
         tiers = np.where(kept, np.uint8(NATIVE_INDEX), np.uint8(DROP_INDEX))
-        return LayerPlan(
+        planned = LayerPlan(
             self.shape,
             {
                 name: np.broadcast_to(tiers, (heads, tiers.shape[1]))
                 for name, heads, _ in self.shape.components
             },
         )
+        if self.rewrite is None:
+            return planned
+        return replace(planned, rewrite=partial(self.rewrite, planned))
 
 
 def _rounded(exact: NDArray[np.floating], total: int, most: int) -> NDArray[np.intp]:

@@ -5,7 +5,7 @@ take each layer's problem from another row and give the layers weights of its ow
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,17 +15,29 @@ from numpy.typing import NDArray
 from kvprism.core import Capability, KVShape, LayerShape, Tier
 from kvprism.evict import EvictionProblem, Heads, LayerProblem, grants
 from kvprism.layout import Split
+from kvprism.merge import cam, d2o
+from kvprism.plans import LayerPlan
 from kvprism.registry import Registry
 from kvprism.score import SINKS
 from kvprism.score.accumulated import h2o
 from kvprism.score.attention import WINDOW
 from kvprism.score.expected import expected_attention
 from kvprism.score.keys import keydiff, knorm, recency
-from kvprism.score.window import cake, defensivekv, lava, max_pooled, scissorhands, snapkv, tova
+from kvprism.score.window import (
+    cake,
+    defensivekv,
+    lava,
+    max_pooled,
+    scissorhands,
+    snapkv,
+    tova,
+    votes,
+)
 from kvprism.split import LayerSplit, cake_preference, lava_entropy, pooled, pyramid, uniform
-from kvprism.tensors import LayerView, Signal
+from kvprism.tensors import LayerKV, LayerView, Signal
 
 Scorer = Callable[[LayerView], torch.Tensor]
+Rewrite = Callable[[LayerView, LayerPlan], LayerKV]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Eviction:
 
     heads: the split that the paper has; a receiver that holds one set of tokens per layer gets
     `shared` instead. sinks, recent: how many of the first and last tokens of the prompt are kept;
-    signals: what the scorer needs beyond cache and window.
+    signals: what the scorer needs beyond cache and window; rewrite: what is made of kept rows out
+    of dropped ones; once: it makes sense for many tokens at once only, not token by token.
     """
 
     summary: str
@@ -44,6 +57,8 @@ class Eviction:
     sinks: int = 0
     recent: int = WINDOW
     signals: frozenset[Signal] = frozenset()
+    rewrite: Rewrite | None = None
+    once: bool = False
 
 
 EVICTIONS = Registry(
@@ -65,6 +80,17 @@ EVICTIONS = Registry(
             Eviction("mean and variance of attention, layers by preference", cake, cake_preference),
         ),
         ("scissorhands", Eviction("how often attention was above average", scissorhands)),
+        ("cam", Eviction("votes of the last window; dropped values merged", votes, rewrite=cam)),
+        (
+            "d2o",
+            Eviction(
+                "heavy hitters; dropped rows merged into the most similar",
+                h2o,
+                signals=frozenset({"mass"}),
+                rewrite=d2o,
+                once=True,  # of one token alone, the mean similarity is its own
+            ),
+        ),
         ("keydiff", Eviction("keys unlike the mean key", keydiff, recent=1)),
         ("knorm", Eviction("keys of low norm", knorm, recent=1)),
         (
@@ -84,11 +110,22 @@ EVICTIONS = Registry(
         ),
         (
             "defensivekv",
-            Eviction("worst case over window and group", defensivekv, heads="adaptive"),
+            Eviction(
+                "worst case over window and group, times the projected value",
+                defensivekv,
+                heads="adaptive",
+                signals=frozenset({"output_norms"}),
+            ),
         ),
         (
             "layer-defensivekv",
-            Eviction("the same with one top-k over all layers", defensivekv, pooled, heads="flat"),
+            Eviction(
+                "the same with one top-k over all layers",
+                defensivekv,
+                pooled,
+                heads="flat",
+                signals=frozenset({"output_norms"}),
+            ),
         ),
     ],
 )
@@ -114,24 +151,38 @@ def eviction_problem(
     row = EVICTIONS[policy]
     scores = [layer.once(("eviction", row.scorer), partial(row.scorer, layer)) for layer in view]
     known: Sequence[torch.Tensor | None] = scores or [None] * len(shape.layers)
+    views: Sequence[LayerView | None] = view or [None] * len(shape.layers)
     layers = [
-        layer_problem(row, layer, score, capability)
-        for layer, score in zip(shape.layers, known, strict=True)
+        layer_problem(row, layer, score, capability, seen)
+        for layer, score, seen in zip(shape.layers, known, views, strict=True)
     ]
     granted = grants(layers, row.layers(len(layers), view, scores))
     return EvictionProblem(policy, layers, granted, menu, cut)
 
 
 def layer_problem(
-    row: Eviction, layer: LayerShape, score: torch.Tensor | None, capability: Capability
+    row: Eviction,
+    layer: LayerShape,
+    score: torch.Tensor | None,
+    capability: Capability,
+    view: LayerView | None,
 ) -> LayerProblem:
-    """One layer as a row sees it; score: what its scorer gave, or None in a dry run."""
+    """One layer as a row sees it; score: what its scorer gave of the view; a dry run has neither.
+
+    A merging row's plan keeps the view, for the rewrite.
+    """
     if score is None:
         array: NDArray[np.floating] = np.tile(np.arange(float(layer.n_tokens)), (_heads(layer), 1))
     else:
         array = score.float().cpu().numpy()
     heads = row.heads if capability.drop == "per_head" else "shared"
-    return LayerProblem(layer, array, protected(row.sinks, row.recent, layer), heads)
+    rewrite = None if row.rewrite is None or view is None else partial(_merge, row.rewrite, view)
+    return LayerProblem(layer, array, protected(row.sinks, row.recent, layer), heads, rewrite)
+
+
+def _merge(rewrite: Rewrite, view: LayerView, planned: LayerPlan, kv: LayerKV) -> LayerKV:
+    """What is encoded in the place of `kv`, which is what `view` is of."""
+    return rewrite(replace(view, kv=kv), planned)
 
 
 def _heads(layer: LayerShape) -> int:

@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvprism.codec.reference import Conditioned, quantisable
-from kvprism.core import KEYS, MENUS, ONE_WIDTH_MENUS, Budget, Capability, KVShape, LayerShape, Tier
+from kvprism.core import (
+    KEYS,
+    MENUS,
+    ONE_WIDTH_MENUS,
+    STATE,
+    Budget,
+    Capability,
+    KVShape,
+    LayerShape,
+    Tier,
+)
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
 from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
 from kvprism.evictions import eviction_problem, protected
@@ -396,6 +406,9 @@ def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:
         given = code.conditioning.get(layer.kv.layer_id)
         keys = None if given is None else Conditioned(given, layer.kv.positions.cpu())
         for name, x in layer.kv.components.items():
+            if name in STATE:
+                pinned.setdefault(layer.kv.layer_id, {})[name] = np.ones(x.shape[:2], bool)
+                continue
             conditioned = keys if name == KEYS else None
             find = partial(quantisable, x, code.menu, conditioned)
             key = ("quantisable", name, code.menu)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from kvprism.core import (
     DROP_CODEC,
     MENU,
+    STATE,
     Capability,
     ComponentShape,
     KVShape,
@@ -56,12 +58,16 @@ Contents = tuple[TierMap, Mapping[Plane, int]]
 class LayerPlan:
     """One layer's tiers: component -> uint8 `[head, token]`, indices into the plan's menu.
 
+    rewrite: of a merging policy, which changes kept rows: the layer's `LayerKV` -> the one that is
+    encoded in its place. Sizes do not depend on it.
+
     Raises:
         ShapeMismatch: other components than the layer has, or an array that does not fit them.
     """
 
     shape: LayerShape
     tier_of: Mapping[str, TierArray]
+    rewrite: Callable[[Any], Any] | None = None  # tensors have no name here
 
     def __post_init__(self) -> None:
         names = [component.name for component in self.shape.components]
@@ -161,8 +167,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         for layer in self.shape.layers:
-            for _, _, channels in layer.components:
-                check_menu(self.menu, channels, layer.itemsize)
+            for name, _, channels in layer.components:
+                if name not in STATE:
+                    check_menu(self.menu, channels, layer.itemsize)
         for planned in self.layers:
             highest = max(int(tiers.max()) for tiers in planned.tier_of.values())
             if highest >= len(self.menu):

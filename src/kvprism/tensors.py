@@ -12,7 +12,7 @@ from kvprism.errors import BadInput, ShapeMismatch
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a capture records only when it is asked to, because it costs time on every prompt.
-Signal = Literal["mass", "future_queries"]
+Signal = Literal["mass", "future_queries", "output_norms"]
 T = TypeVar("T")
 
 
@@ -140,7 +140,8 @@ class LayerView:
 
     Signals, None unless the capture was asked for them: mass: float32 `[head, token]`, the
     attention that each token got from all queries of the prompt; future_queries: what queries after
-    the prompt are expected to be, RoPE included.
+    the prompt are expected to be, RoPE included; output_norms: float32 `[head, token]`, the L1
+    length of each value after the layer's output matrix.
 
     Raises:
         ShapeMismatch: queries or signals that do not go with the layer's keys.
@@ -152,6 +153,7 @@ class LayerView:
     softcap: float | None = None
     mass: torch.Tensor | None = None
     future_queries: QueryStatistics | None = None
+    output_norms: torch.Tensor | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, find: Callable[[], T]) -> T:
@@ -175,11 +177,13 @@ class LayerView:
 
     def _check_signals(self) -> None:
         heads, tokens, channels = self.kv.components["k"].shape
-        if self.mass is not None and list(self.mass.shape) != [heads, tokens]:
-            raise ShapeMismatch(
-                f"layer {self.kv.layer_id}: expected attention mass [{heads} heads, {tokens} "
-                f"tokens], got {list(self.mass.shape)}"
-            )
+        rows = {"attention mass": self.mass, "output norms": self.output_norms}
+        for name, signal in rows.items():
+            if signal is not None and list(signal.shape) != [heads, tokens]:
+                raise ShapeMismatch(
+                    f"layer {self.kv.layer_id}: expected {name} [{heads} heads, {tokens} tokens], "
+                    f"got {list(signal.shape)}"
+                )
         if self.future_queries is not None:
             got = list(self.future_queries.covariance.shape)
             if len(got) != 3 or got[0] % heads or got[1:] != [channels, channels]:

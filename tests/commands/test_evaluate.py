@@ -13,7 +13,9 @@ CONTRACT = shlex.split(
     "reference_bytes fraction fraction_native resident_bytes length distractors seed commit "
     "versions"
 )
-LABELS = shlex.split("codec importance fixed_rate wire_only reason subtask query_aware")
+LABELS = shlex.split(
+    "codec importance fixed_rate wire_only reason subtask query_aware phase decode"
+)
 TABLE_COLUMNS = 120
 
 PERPLEXITY = shlex.split(

@@ -118,6 +118,21 @@ def test_peers_with_different_profiles_never_send(
     assert 0.35 < read_json(json)["fraction"] <= 0.4
 
 
+def test_the_decode_side_evicts_while_it_generates(
+    run: Run, prompt: Path, token: Path, tmp_path: Path
+) -> None:
+    json = tmp_path / "decode.json"
+    phase = ["--decode-policy", "h2o", "--decode-budget", "64tok"]
+    with decoding(prompt, token, "--new-tokens", 4, "--json", json, *phase) as process:
+        send = ["prefill", "--file", prompt, "--to", address_of(process), "--token-file", token]
+        result = run(*send, "--policy", "raw", "--decode-policy", "h2o")
+        assert result.exit_code == 0, result.output
+        _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0, stderr
+    done = read_json(json)
+    assert done["decode"] == "h2o@64tok" and done["fraction"] > 1  # raw, and the mass beside it
+
+
 def test_a_wrong_token_is_refused_and_the_right_one_then_served(
     run: Run, prompt: Path, token: Path, tmp_path: Path
 ) -> None:

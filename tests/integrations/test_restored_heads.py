@@ -10,6 +10,7 @@ from kvprism.core import Capability
 from kvprism.errors import ShapeMismatch
 from kvprism.integrations import hf
 from kvprism.planning import plan
+from kvprism.policies import signals_of
 from kvprism.tensors import LayerKV, RequestKV
 
 ATOL = 1e-4  # of logits in float32: the project's definition of "dropping equals masked attention"
@@ -77,7 +78,7 @@ def test_padding_is_invisible_whatever_is_in_it(llama):
 
 @pytest.mark.parametrize("policy", ["snapkv", "ada-kv", "layer-defensivekv"])
 def test_a_plan_by_head_survives_the_wire_and_goes_on(llama, policy):
-    full, view = hf.capture(llama, tokens(N_PROMPT))
+    full, view = hf.capture(llama, tokens(N_PROMPT), signals=signals_of([policy]))
     chosen = plan(view, policy, 1.5, capability=Capability(drop="per_head"))
     stream = encode(full, chosen)
     assert len(stream) == chosen.nbytes

@@ -13,7 +13,7 @@ import torch
 from samples import tokens
 
 import kvprism
-from kvprism.errors import BadInput, PeerSilent, PositionMismatch, UnknownName
+from kvprism.errors import BadInput, PeerSilent, PositionMismatch, Rejected, UnknownName
 from kvprism.integrations import hf
 from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
 
@@ -64,6 +64,37 @@ def test_a_raw_transfer_continues_as_the_model_itself(
     )
     assert got["text"] == tokenizer.decode(expected[0, len(IDS) :])
     assert decode.kl_to_raw([*IDS, 5, 6, 7], raw=True) == 0
+
+
+def test_a_decode_phase_goes_on_with_the_mass_that_both_sides_mean(
+    prefill: PrefillWorker, decode: DecodeWorker
+) -> None:
+    with_mass = PrefillWorker("tiny", TOKEN)
+    with_mass.prefill(IDS, (), mass=True)
+    retention = kvprism.Retention("h2o", 64)
+    with DecodeWorker("tiny", TOKEN, decode=retention) as evicting:
+        sent, received = transfer(with_mass, evicting, "h2o", "40%")
+        assert sent["wire_bytes"] == received["wire_bytes"]
+        assert sent["fraction"] == received["fraction"] <= 0.4
+        said = evicting.generate(IDS, 12, ignore_eos=True)["text"]
+        # The same on what the wire gave, in the public names.
+        kv = evicting._kv
+        assert kv is not None
+        cache = kvprism.restore(evicting._model, kv, retention)
+        whole = evicting._model.generate(
+            torch.tensor([IDS]), **cache.kwargs, max_new_tokens=12, min_new_tokens=12,
+            do_sample=False,
+        )  # fmt: skip
+        assert said == evicting._tokenizer.decode(whole[0, len(IDS) :])
+        assert all(len(layer.positions) <= 64 * layer.keys.shape[1] for layer in cache.layers)
+        with pytest.raises(Rejected, match="mass"), ThreadPoolExecutor(1) as pool:
+            pool.submit(evicting.receive, 10.0)
+            prefill.plan("raw", None)
+            prefill.send(evicting.address())
+    with_mass.plan("raw", None)
+    with pytest.raises(Rejected, match="mass"), ThreadPoolExecutor(1) as pool:
+        pool.submit(decode.receive, 10.0)
+        with_mass.send(decode.address())
 
 
 def test_dropped_tokens_are_not_kept_and_cost_quality(

@@ -75,9 +75,27 @@ def test_query_statistics_are_those_of_the_queries_before_rope(model):
         assert view.mass is None
 
 
+def test_norms_are_those_of_values_after_the_output_matrix(model):
+    _, views = hf.capture(model, tokens(N_PROMPT)[0], signals={"output_norms"})
+    for view, layer in zip(views, model.model.layers, strict=True):
+        values = view.kv.components["v"]
+        matrix = layer.self_attn.o_proj.weight.detach()
+        group = matrix.shape[1] // values.shape[2] // len(values)
+        for head, rows in enumerate(values):
+            expected = torch.zeros(len(view.kv.positions), dtype=torch.float64)
+            for q_head in range(head * group, (head + 1) * group):
+                columns = slice(q_head * values.shape[2], (q_head + 1) * values.shape[2])
+                # What this query head adds to the output if it attends to the token alone.
+                expected += (rows.double() @ matrix[:, columns].double().T).abs().sum(-1)
+            got = view.output_norms[head].double()
+            torch.testing.assert_close(got, expected / group, rtol=1e-5, atol=0)
+
+
 def test_signals_perturb_nothing(llama):
     plain_kv, plain = hf.capture(llama, tokens(N_PROMPT))
-    kv, views = hf.capture(llama, tokens(N_PROMPT), signals={"mass", "future_queries"})
+    kv, views = hf.capture(
+        llama, tokens(N_PROMPT), signals={"mass", "future_queries", "output_norms"}
+    )
     for a, b, x, y in zip(plain_kv.layers, kv.layers, plain, views, strict=True):
         assert all(torch.equal(a.components[name], b.components[name]) for name in "kv")
         assert torch.equal(x.queries, y.queries)
@@ -85,5 +103,7 @@ def test_signals_perturb_nothing(llama):
 
 
 def test_an_unknown_signal_is_refused(llama):
-    with pytest.raises(UnknownName, match="unknown signal 'masses'; known: mass, future_queries"):
+    with pytest.raises(
+        UnknownName, match="unknown signal 'masses'; known: mass, future_queries, output_norms"
+    ):
         hf.capture(llama, tokens(10), signals={"masses"})

@@ -69,7 +69,8 @@ def made(tokens: int, window: int, group: int = 2, softcap: float | None = None)
     """A layer of two KV heads, its values as uneven as its keys."""
     kv = cache(layers=1, heads=2, tokens=tokens, channels=8)
     [view] = view_of(kv, window=window, group=group)
-    return LayerView(view.kv, view.queries, view.softmax_scale, softcap)
+    norms = view.output_norms
+    return LayerView(view.kv, view.queries, view.softmax_scale, softcap, output_norms=norms)
 
 
 def as_array(score: torch.Tensor) -> np.ndarray:

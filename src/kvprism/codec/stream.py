@@ -17,7 +17,10 @@ from kvprism.codec.backend import decode_into, encode_into
 from kvprism.codec.reference import Conditioned
 from kvprism.core import (
     CONDITIONED_CODEC,
+    DROP_CODEC,
     KEYS,
+    NATIVE_CODEC,
+    STATE,
     ComponentShape,
     Drop,
     KVShape,
@@ -37,6 +40,7 @@ from kvprism.layout import (
     WHOLE,
     Plane,
     Split,
+    TierArray,
     check_menu,
     plane_nbytes,
     unpack_tier_map,
@@ -45,6 +49,7 @@ from kvprism.plans import LayerPlan, Plan, end_of, manifests_of, offer_of, tiers
 from kvprism.profiles import Profile, conditioning_for, stated_hash
 from kvprism.tensors import DTYPES, KeyConditioning, LayerKV, RequestKV
 from kvprism.wire import frames
+from kvprism.wire.intake import native_nbytes
 from kvprism.wire.messages import NO_ID, NOT_STATED, Block, Manifest, Offer, Segment, TierMap
 from kvprism.wire.session import FileSession
 from kvprism.wire.stream import Segments, parse
@@ -70,11 +75,14 @@ def encode_layer(
 ) -> Iterator[Encoded]:
     """Encode one layer, manifest by manifest; conditioning: of its quantised keys, if they are.
 
+    Whatever applies a plan comes through here, so this is where a merging policy's rewrite acts.
+
     Raises:
         ShapeMismatch: the tensors are not those that were planned.
         CodecError: a value that its tier cannot hold, naming layer, component, head and token.
     """
     check_layer(kv, layer.shape)
+    kv = kv if layer.rewrite is None else layer.rewrite(kv)
     for manifest in manifests_of(layer, menu, split, first_sequence):
         area = memoryview(bytearray(frames.segments_nbytes(manifest)))
         slices = iter(frames.segment_slices(manifest))
@@ -238,8 +246,9 @@ def offered_shape(offer: Offer) -> KVShape:
             )
         )
         for layer in shape.layers:
-            for _, _, channels in layer.components:
-                check_menu(menu_of(offer), channels, layer.itemsize)
+            for name, _, channels in layer.components:
+                if name not in STATE:
+                    check_menu(menu_of(offer), channels, layer.itemsize)
     except BadInput as error:
         raise ProtocolViolation(f"the offer describes no cache: {error}") from error
     return shape
@@ -292,10 +301,10 @@ class Assembler:
     ) -> None:
         self.shape = offered_shape(offer)
         self.menu = menu_of(offer)
-        if self.shape.native_nbytes > max_nbytes:
+        nbytes = native_nbytes(offer)  # state too
+        if nbytes > max_nbytes:
             raise LimitExceeded(
-                f"the offer decodes to {self.shape.native_nbytes} bytes, at most {max_nbytes} are "
-                "allowed here"
+                f"the offer decodes to {nbytes} bytes, at most {max_nbytes} are allowed here"
             )
         self._conditioning = offered_conditioning(offer, profile)
         ragged = drop == "per_head"
@@ -333,6 +342,8 @@ class Assembler:
                 f"layer {block.layer} component {block.component!r}: the tier map needs planes "
                 f"{ {int(plane): size for plane, size in expected.items()} }, got {got}"
             )
+        if block.component in STATE:
+            self._check_state(block, tiers)
         destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
         out = destination.rows(block)
         named = {Plane(plane): data for plane, data in planes.items()}
@@ -345,6 +356,14 @@ class Assembler:
         if not destination.missing:
             # Without its dropped tokens a layer is a copy: never are two layers held twice.
             self._finished[block.layer] = self._layers.pop(block.layer).finish()
+
+    def _check_state(self, block: Block, tiers: TierArray) -> None:
+        used = {self.menu[tier].codec for tier in np.unique(tiers)}
+        if not used <= {NATIVE_CODEC, DROP_CODEC}:
+            raise ProtocolViolation(
+                f"layer {block.layer}: state {block.component!r} comes native or not at all, got "
+                f"{sorted(used)}"
+            )
 
     def finish(self) -> RequestKV:
         """The restored cache, dropped tokens left out; every piece was added."""

@@ -65,9 +65,9 @@ class Case:
     def _evicted(self, drawn: np.random.Generator, shape: KVShape, budget: Budget) -> Plan:
         row = EVICTIONS[self.policy]
         layers = [
-            layer_problem(row, la, torch.from_numpy(drawn.random((heads, la.n_tokens))), HOLDS)
-            for la in shape.layers
-            for heads in [la.components[0].heads]
+            layer_problem(row, layer, torch.from_numpy(drawn.random(of)), HOLDS, view=None)
+            for layer in shape.layers
+            for of in [(layer.components[0].heads, layer.n_tokens)]
         ]
         granted = grants(layers, [1.0] * len(layers))
         problem = EvictionProblem(self.policy, layers, granted, MENU, split_of(shape))

@@ -9,6 +9,7 @@ import msgspec
 
 from kvprism.commands import console
 from kvprism.commands.options import EvaluationOptions
+from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
 from kvprism.evaluate.longbench import LongBench
 from kvprism.evaluate.longbench_data import TASKS as LONGBENCH
@@ -23,6 +24,7 @@ from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations.hf import load_config, shape_of
 from kvprism.planning import PlanOptions, code_of
+from kvprism.retention import FULL, Retention
 
 
 class Heading(NamedTuple):
@@ -66,12 +68,23 @@ def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
     Raises:
         UnknownName: no such policy, importance or codec.
         BadInput: a budgeted policy and no budget, or a file that is no profile.
+        Unsupported: a policy that does not evict while tokens are generated.
         ProfileMismatch: a profile that was edited, or of another version.
     """
     options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
     saved = None if given.profile is None else SavedProfile.named(given.profile)
     names = [name.strip() for name in given.policy.split(",") if name.strip()]
-    return arms_of(names, [b for b in given.budget.split(",") if b.strip()], options, saved)
+    wanted = [budget for budget in given.budget.split(",") if budget.strip()]
+    decode = decode_phases(given.decode_policy, given.decode_budget)
+    return arms_of(names, wanted, options, saved, decode)
+
+
+def decode_phases(policies: str | None, budget: str | None) -> list[Retention]:
+    """`full,h2o` at `256tok`, which is not for `full`; errors as `parse_arms`."""
+    names = [name.strip() for name in (policies or FULL).split(",")]
+    if budget is not None and set(names) == {FULL}:
+        raise BadInput(f"--decode-budget {budget} without a --decode-policy that evicts, like h2o")
+    return [Retention.parse(name, None if name == FULL else budget) for name in names]
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:
@@ -142,7 +155,7 @@ def evaluate_and_show(name: str, settings: dict[str, Any], options: EvaluationOp
 def show_rows(rows: Sequence[Row]) -> None:
     """One table per cell: an arm a line, intervals below its figures."""
     for cell, group in groupby(rows, _cell):
-        arms = [list(arm) for _, arm in groupby(group, lambda r: (r.policy, r.budget, r.codec))]
+        arms = [list(arm) for _, arm in groupby(group, _name)]
         first = arms[0][0]
         title = f"{first.task}{_protocol(first)}: {cell}, n = {first.n}"
         columns = ["arm", "of 16-bit", *(HEADINGS[row.metric].text for row in arms[0])]
@@ -173,7 +186,8 @@ def _line(arm: list[Row]) -> list[str]:
 
 def _name(row: Row) -> str:
     budget = "" if row.budget is None else f" {row.budget}"
-    return f"{row.policy}{budget}{_code(row.codec)}"
+    decode = "" if row.decode is None else f", decode {row.decode}"
+    return f"{row.policy}{budget}{_code(row.codec)}{decode}"
 
 
 def _code(codec: str) -> str:
@@ -185,7 +199,7 @@ def _figure(row: Row) -> str:
     assert row.value is not None and row.ci_low is not None and row.ci_high is not None
     heading = HEADINGS[row.metric]
     value = f"{heading.scale * row.value:.4g}"
-    if row.policy == RAW:
+    if row.policy == RAW and row.decode is None:
         return value
     return f"{value}\n{heading.interval(row.ci_low, row.ci_high)}{heading.change_unit}"
 
@@ -223,7 +237,7 @@ def _comparison_line(c: Comparison) -> list[str]:
     assert c.delta is not None and c.ci_low is not None and c.ci_high is not None
     heading = HEADINGS[c.metric]
     return [
-        "fixed" if c.budget is None else str(c.budget),
+        ("fixed" if c.budget is None else str(c.budget)) + (f", {c.decode}" if c.decode else ""),
         _versus(c),
         "" if c.versus_fraction is None else console.percent(c.versus_fraction),
         *(part for _, part in _parts(c)),

@@ -76,6 +76,24 @@ CacheDtype = Annotated[
         "--cache-dtype", help="Dtype of the prefill side's cache: bfloat16, float16 or float32."
     ),
 ]
+DecodePolicy = Annotated[
+    str | None,
+    typer.Option(
+        "--decode-policy",
+        help="Evict while tokens are generated too: full,h2o has every arm without and with it.",
+    ),
+]
+SideDecodePolicy = Annotated[
+    str,
+    typer.Option(
+        "--decode-policy",
+        help="By what the decode side evicts while it generates, such as h2o; both sides need it.",
+    ),
+]
+DecodeBudget = Annotated[
+    str | None,
+    typer.Option("--decode-budget", help="What a layer may hold then, such as 256tok."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Records = Annotated[
     Path | None,
@@ -93,6 +111,8 @@ class EvaluationOptions:
     codec: Codec = "nested"
     profile: ProfileFile = None
     cache_dtype: CacheDtype = "bfloat16"
+    decode_policy: DecodePolicy = None
+    decode_budget: DecodeBudget = None
     seed: Seed = 0
     records: Records = None
     json: Json = None

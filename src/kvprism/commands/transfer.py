@@ -21,6 +21,7 @@ from kvprism.integrations.worker import Pair
 from kvprism.planning import PlanOptions, code_of
 from kvprism.policies import signals_of
 from kvprism.profiles import Profile
+from kvprism.retention import FULL, Retention, needs_mass
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
 
@@ -128,8 +129,11 @@ def prefill_here(
     allow_remote: bool,
     say: Say,
     profile: Path | None = None,
+    decode_policy: str = FULL,
 ) -> Result:
     """Connect to a decode side, prefill a text here, and send its cache there.
+
+    decode_policy: the decode side's, which may go on with the attention mass of the prompt.
 
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`; a bad address or token file.
@@ -140,17 +144,19 @@ def prefill_here(
     """
     backend.refuse_slow()
     address, token, shared = parse_address(to), load_token(token_file), load_profile(profile)
+    mass = needs_mass(decode_policy)
     ids = read_prompt(model, file, tokens)
     _check_plan(model, ids, policy, budget, options, shared)
     worker = PrefillWorker(model, token, cache_dtype, shared)
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
-        result = worker.prefill(ids, sorted(signals_of([policy])))
+        result = worker.prefill(ids, sorted(signals_of([policy])), mass)
         say("sending")
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)
     settings = {"policy": policy, "budget": budget, "profile": _hash(shared), **options, "to": to}
+    settings |= {"decode_policy": decode_policy}
     return _described("prefill", model, file, ids, settings, result)
 
 
@@ -167,6 +173,8 @@ def decode_here(
     allow_remote: bool,
     say: Say,
     profile: Path | None = None,
+    decode_policy: str = FULL,
+    decode_budget: str | None = None,
 ) -> Result:
     """Listen, take the prompt's cache from a prefill side, and continue it here.
 
@@ -180,10 +188,12 @@ def decode_here(
     """
     backend.refuse_slow()
     token, shared = load_token(token_file), load_profile(profile)
+    retention = Retention.parse(decode_policy, decode_budget)
     with tcp.listen(host, port, allow_remote=allow_remote):
         pass  # a port that is taken is found before the model is loaded
     ids = read_prompt(model, file, tokens, new_tokens)
     at: dict[str, Any] = {"host": host, "port": port, "allow_remote": allow_remote}
+    at |= {"decode": retention}
     with DecodeWorker(model, token, profile=shared, **at) as worker:
         address = format_address(*worker.address())
         console.say(f"listening on {address}")
@@ -191,7 +201,7 @@ def decode_here(
         result = _receive(worker, timeout_s, len(ids))
         say("continuing")
         result |= worker.generate(ids, new_tokens)
-    settings = {"address": address, "profile": _hash(shared)}
+    settings = {"address": address, "profile": _hash(shared), "decode": str(retention)}
     return _described("decode", model, file, ids, settings, result)
 
 

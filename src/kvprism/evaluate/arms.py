@@ -13,6 +13,8 @@ from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, split_floor
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
+from kvprism.retention import FULL_KV, Decode, Retention, per_layer
+from kvprism.state import with_mass
 from kvprism.tensors import LayerView, RequestKV
 
 RAW = "raw"
@@ -50,7 +52,8 @@ class SavedProfile:
 class Arm:
     """One column of a table: a policy at a budget (none for the fixed-rate policies).
 
-    saved: the model's profile, which some policies and codecs need.
+    saved: the model's profile, which some policies and codecs need; decode: what the layers keep
+    while tokens are generated, all if None.
 
     Raises:
         UnknownName: no such policy.
@@ -61,6 +64,7 @@ class Arm:
     budget: float | str | None = None
     options: PlanOptions = DEFAULT_OPTIONS
     saved: SavedProfile | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         if self.fixed_rate != (self.budget is None):
@@ -76,6 +80,12 @@ class Arm:
     def profile(self) -> Profile | None:
         return None if self.saved is None else self.saved.profile
 
+    def masses(self, n_layers: int) -> list[bool]:
+        """Which layers' decode phase goes on with the attention mass of the prompt."""
+        if self.decode is None:
+            return [False] * n_layers
+        return [its.needs_mass for its in per_layer(self.decode, n_layers)]
+
     def for_document(self, document: int) -> "Arm":
         """The same arm with this document's random order; reproducible from seed and number."""
         return replace(self, options=replace(self.options, seed=self.options.seed + document))
@@ -86,10 +96,12 @@ def arms_of(
     budgets: Iterable[str | float],
     options: PlanOptions = DEFAULT_OPTIONS,
     saved: SavedProfile | None = None,
+    decode: Sequence[Retention] = (FULL_KV,),
 ) -> tuple[Arm, ...]:
     """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
 
-    policies: names, each with `:codec` behind it if its code is not that of `options`.
+    policies: names, each with `:codec` behind it if its code is not that of `options`; decode: the
+    decode phases, under each of which all policies go. The baseline keeps everything.
 
     Raises:
         UnknownName: no such policy or codec.
@@ -103,7 +115,10 @@ def arms_of(
         if POLICIES[policy].budgeted and not wanted:
             raise BadInput(f"policy {policy!r} needs a budget, such as 0.30 or 0.30,0.40")
         for budget in wanted if POLICIES[policy].budgeted else [None]:
-            arms.append(Arm(policy, budget, own, saved))
+            arms += [
+                Arm(policy, budget, own, saved, None if phase == FULL_KV else phase)
+                for phase in decode
+            ]
     return tuple(dict.fromkeys(arms))
 
 
@@ -129,10 +144,14 @@ def policy_budget(text: str | float) -> float | str:
 def through_the_wire(kv: RequestKV, view: Sequence[LayerView], arm: Arm) -> tuple[RequestKV, Plan]:
     """Plan, encode and decode: what the decode side would hold, and what it cost.
 
+    A decode phase that counts attention from the prompt on gets the prompt's, billed with the rest.
+
     Raises:
         BudgetTooSmall: nothing legal fits this arm's budget.
         MissingSignal, ProfileMismatch, CodecError: see `plan` and `encode`.
     """
+    if any(masses := arm.masses(len(view))):
+        kv, view = with_mass(kv, view, masses)
     chosen = plan(
         view,
         arm.policy,

@@ -19,7 +19,7 @@ from kvprism.evaluate.measure import (
     LoadedModel,
     Outcome,
     capture_for,
-    continue_on,
+    feed,
     generate_on,
     known_dtype,
     outcome_of,
@@ -27,6 +27,7 @@ from kvprism.evaluate.measure import (
 )
 from kvprism.evaluate.records import CellKey, Header, Record, header_of, record_of
 from kvprism.evaluate.rows import provenance
+from kvprism.retention import Decode
 from kvprism.tensors import RequestKV
 
 CONTENT = "{content}"
@@ -206,23 +207,26 @@ class LongBench:
             except BudgetTooSmall as error:
                 yield arm, error
                 continue
-            answer = self._generate(which.task, restored, question)
+            answer = self._generate(which.task, restored, question, arm.decode)
             case = case_of(context, question, answer) if case is None else case
             fed = torch.cat([question[:-1], case.fed])
-            logits = continue_on(model, restored, fed, last=len(case.fed))
+            logits, resident = feed(model, restored, fed, arm.decode, last=len(case.fed))
             require_finite(logits, arm)
             raw = logits if raw is None else raw
             text = self.subject.tokenizer.decode(answer.tolist(), skip_special_tokens=True)
             score = TASKS[which.task].score_of(text, self._row(which))
-            outcome = outcome_of(plan, restored, case, raw, logits)
+            outcome = outcome_of(plan, resident, case, raw, logits)
             yield arm, msgspec.structs.replace(outcome, text=text, score=score)
 
-    def _generate(self, task: str, restored: RequestKV, question: torch.Tensor) -> torch.Tensor:
+    def _generate(
+        self, task: str, restored: RequestKV, question: torch.Tensor, decode: Decode | None
+    ) -> torch.Tensor:
         stops, line = self._ends, TASKS[task].ends_at_newline
         if line:
             stops = (*stops, int(self._encode("\n", special=False)[-1]))
         n = TASKS[task].new_tokens
-        return generate_on(self.subject.model, restored, question, n, stops, fewest=int(line))
+        model, fewest = self.subject.model, int(line)
+        return generate_on(model, restored, question, n, stops, decode, fewest)
 
     @cached_property
     def _ends(self) -> tuple[int, ...]:

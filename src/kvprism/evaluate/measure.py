@@ -13,6 +13,7 @@ from kvprism.evaluate.arms import RAW, Arm, through_the_wire
 from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
+from kvprism.retention import FULL_KV, Decode
 from kvprism.tensors import DTYPES, LayerView, RequestKV
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
@@ -75,8 +76,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     nll: summed over the answers' `targets` tokens, in nats; right: of how many of the `answers`
     every token was the most likely one; kl: KL(raw || arm) of every fed position, in nats; flips:
-    fed positions whose most likely token is another than raw's. Where an answer was generated, text
-    is that answer, and score the task's own, in [0, 1].
+    fed positions whose most likely token is another than raw's; resident_bytes: what the restored
+    cache takes, or, where layers evict while they decode, what they hold at the end. Where an
+    answer was generated, text is that answer, and score the task's own, in [0, 1].
     """
 
     wire_bytes: int
@@ -128,18 +130,20 @@ def measure(
         except BudgetTooSmall as error:
             yield arm, error
             continue
-        logits = continue_on(model, restored, case.fed)
+        logits, resident = feed(model, restored, case.fed, arm.decode)
         require_finite(logits, arm)
         raw = logits if raw is None else raw
-        yield arm, outcome_of(plan, restored, case, raw, logits)
+        yield arm, outcome_of(plan, resident, case, raw, logits)
 
 
 def capture_for(
     model: Any, context: torch.Tensor, arms: Sequence[Arm], cache_dtype: str
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
-    """A context's cache, and what the arms' policies need of it; errors as `capture`."""
+    """A context's cache, and what the arms need of it; errors as `capture`."""
     dtype = known_dtype("cache dtype", cache_dtype)
     signals = signals_of(arm.policy for arm in arms)
+    if any(any(arm.masses(model.config.num_hidden_layers)) for arm in arms):
+        signals |= {"mass"}
     return capture(model, context, cache_dtype=dtype, signals=signals)
 
 
@@ -151,7 +155,7 @@ def known_dtype(what: str, name: str) -> torch.dtype:
 
 
 def outcome_of(
-    plan: Plan, restored: RequestKV, case: Case, raw: torch.Tensor, logits: torch.Tensor
+    plan: Plan, resident: int, case: Case, raw: torch.Tensor, logits: torch.Tensor
 ) -> Outcome:
     """An arm's plan, its cache, and its logits and raw's `[token, vocabulary]` of `case.fed`."""
     kl, flips = divergence(raw, logits)
@@ -160,7 +164,7 @@ def outcome_of(
         wire_bytes=plan.nbytes,
         reference_bytes=plan.shape.reference_nbytes,
         native_bytes=plan.shape.native_nbytes,
-        resident_bytes=restored.resident_nbytes,
+        resident_bytes=resident,
         nll=sum(nll for nll, _ in scored),
         targets=sum(answer.stop - answer.start for answer in case.answers),
         answers=len(scored),
@@ -205,14 +209,38 @@ def _logits(model: Any, cache: Any, fed: torch.Tensor, last: int) -> torch.Tenso
     return logits
 
 
+def feed(
+    model: Any, kv: RequestKV, fed: torch.Tensor, decode: Decode | None, last: int = 0
+) -> tuple[torch.Tensor, int]:
+    """Logits as `continue_on`, and the bytes that the cache holds; with a decode phase, at the end.
+
+    With a decode phase one token a call. Bytes are counted in the cache's own dtype, padding of
+    heads and state of the policy included.
+    """
+    if decode is None:
+        return continue_on(model, kv, fed, last), kv.resident_nbytes
+    cache = restore(model, kv, decode)
+    steps = [_logits(model, cache, token, 1) for token in torch.split(fed, 1)]
+    return torch.cat(steps[-last:]), cache.held_values * kv.layers[0].dtype.itemsize
+
+
 def generate_on(
-    model: Any, kv: RequestKV, fed: torch.Tensor, n: int, stops: Sequence[int], fewest: int = 0
+    model: Any,
+    kv: RequestKV,
+    fed: torch.Tensor,
+    n: int,
+    stops: Sequence[int],
+    decode: Decode | None = None,
+    fewest: int = 0,
 ) -> torch.Tensor:
     """Greedy tokens after `fed`: `n`, or up to the first of `stops`, which is the last of them.
 
-    fewest: how many tokens come before a stop is allowed.
+    decode: what the layers keep meanwhile; fewest: how many tokens come before a stop is allowed.
     """
-    cache = restore(model, kv)
+    cache = restore(model, kv, decode or FULL_KV)
+    *before, fed = [fed] if decode is None else torch.split(fed, 1)
+    for token in before:
+        _logits(model, cache, token, 1)
     made: list[int] = []
     while len(made) < n and not (made and made[-1] in stops):
         logits = _logits(model, cache, fed, 1)[-1]

@@ -16,6 +16,7 @@ from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.arms import Arm
 from kvprism.evaluate.measure import Outcome
 from kvprism.evaluate.rows import Provenance, replace_file
+from kvprism.retention import label_of
 
 FORMAT = "kvprism-records/2"
 SHOWN_DIFFERENCES = 4
@@ -23,12 +24,13 @@ Progress = Callable[[int, int], None]
 
 
 class ArmKey(NamedTuple):
-    """What tells two arms of one run apart."""
+    """What tells two arms of one run apart; decode: its decode phase, such as `h2o@256tok`."""
 
     policy: str
     budget: float | str | None
     codec: str
     importance: str
+    decode: str | None = None
 
 
 class CellKey(NamedTuple):
@@ -112,7 +114,8 @@ def header_of(task: str, model: str, seed: int, configuration: Any, found: Prove
 
 def key_of(arm: Arm) -> ArmKey:
     """The arm as records name it."""
-    return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance)
+    decode = None if arm.decode is None else label_of(arm.decode)
+    return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance, decode)
 
 
 def record_of(document: str, cell: CellKey, arm: Arm, found: Outcome | BudgetTooSmall) -> Record:

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from kvprism.errors import BadInput
 
 UNKNOWN = "unknown"
 T = TypeVar("T")
+Phase = Literal["none", "prefill", "decode", "both"]
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +27,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     documents. *_bytes: mean per document; fraction: wire bytes over the cache at 16 bits,
     fraction_native: over its own dtype. fixed_rate: the policy has one size; wire_only: it frees no
     decode memory. reason: why there is no value. subtask: of a suite; `average` is the mean over
-    them. query_aware: the plan was made knowing the question.
+    them. query_aware: the plan was made knowing the question. phase: which phases compress or evict
+    (`none`, `prefill`, `decode`, `both`; null in rows that are older than the field); decode: the
+    decode phase, such as `h2o@256tok`, under which resident_bytes is what is held at the end.
 
     Raises:
         BadInput: a number that JSON cannot hold (not finite).
@@ -60,6 +63,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     reason: str | None = None
     subtask: str | None = None
     query_aware: bool = False
+    phase: Phase | None = None
+    decode: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

@@ -13,7 +13,7 @@ from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW
 from kvprism.evaluate.measure import Outcome
 from kvprism.evaluate.records import ArmKey, CellKey, Header, Record, Records
-from kvprism.evaluate.rows import Row
+from kvprism.evaluate.rows import Phase, Row
 from kvprism.evaluate.stats import (
     Average,
     Change,
@@ -26,6 +26,8 @@ from kvprism.evaluate.stats import (
     holm,
     paired_bootstrap,
 )
+from kvprism.policies import POLICIES
+from kvprism.solve import ALL_NATIVE
 
 FEWEST_CASES = 100
 LOWEST_RAW_EXACT_MATCH = 0.9
@@ -124,6 +126,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     subtask: str | None = None
     query_aware: bool = False
+    decode: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +169,10 @@ class Cell:
         return f"{len(reasons)} of {self.n} documents: {reasons[0]}" if reasons else None
 
     def baseline(self, arm: ArmKey) -> ArmKey:
-        """The raw arm: with the same settings, or the run's, since no setting changes it."""
-        same = arm._replace(policy=RAW, budget=None)
-        return same if same in self.arms else next(a for a in self.arms if a.policy == RAW)
+        """The raw arm that keeps everything: with the same settings, or the run's own."""
+        same = arm._replace(policy=RAW, budget=None, decode=None)
+        whole = (a for a in self.arms if (a.policy, a.decode) == (RAW, None))
+        return same if same in self.arms else next(whole)
 
     def not_ranked(self, raw: ArmKey) -> str | None:
         """Why a cell of questions ranks nothing: too few cases, or a task that raw itself fails."""
@@ -262,7 +266,16 @@ def _row(cell: Cell, arm: ArmKey, metric: Metric) -> Row:
         reason=cell.reason(arm),
         subtask=cell.key.subtask,
         query_aware=cell.query_aware,
+        phase=_phase(arm),
+        decode=arm.decode,
     )
+
+
+def _phase(arm: ArmKey) -> Phase:
+    prefill = POLICIES[arm.policy].family != ALL_NATIVE
+    if arm.decode is None:
+        return "prefill" if prefill else "none"
+    return "both" if prefill else "decode"
 
 
 def _estimate(cell: Cell, arm: ArmKey, baseline: ArmKey, metric: Metric) -> Estimate | None:
@@ -375,6 +388,7 @@ def _comparison(cell: Cell, arm: ArmKey, other: ArmKey, metric: Metric) -> Compa
         reason=cell.reason(arm) or cell.reason(other),
         subtask=cell.key.subtask,
         query_aware=cell.query_aware,
+        decode=arm.decode,
         **figures,
     )
 

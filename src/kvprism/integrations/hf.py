@@ -35,6 +35,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
+from kvprism.core import STATE
 from kvprism.errors import BadInput, ShapeMismatch, UnknownName, Unsupported
 from kvprism.integrations import tiny
 from kvprism.integrations.families import (
@@ -48,8 +49,11 @@ from kvprism.integrations.families import (
     windows_of,
 )
 from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
+from kvprism.integrations.retaining import RetainingLayer
+from kvprism.retention import FULL_KV, Decode, Retention, per_layer
 from kvprism.score.accumulated import attention_mass
 from kvprism.score.expected import query_statistics
+from kvprism.score.output import output_norms
 from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
 
 __all__ = [
@@ -184,13 +188,16 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
-        kvprism_recorder.record(module.layer_idx, query, key, value, kwargs)
+        kvprism_recorder.record(module, query, key, value, kwargs)
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
             layer.check_positions(kwargs.get("position_ids"))
         attention_mask = layer.mask(attention_mask, query)
-    return _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
+    out = _attention(name, module)(module, query, key, value, attention_mask, **kwargs)
+    if layer is not None:
+        layer.observe(query, attention_mask, float(kwargs["scaling"]), kwargs.get("softcap"))
+    return out
 
 
 def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
@@ -227,21 +234,21 @@ class _QueryRecorder:
         recorded = self.views[kv.layer_id]
         own = {
             name: recorded[name][:, -len(kv.positions) :]
-            for name in ("queries", "mass")
+            for name in ("queries", "mass", "output_norms")
             if name in recorded
         }
         return LayerView(kv, **(recorded | own))
 
     def record(
         self,
-        layer_id: int,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> None:
         scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
-        window = self._windows[layer_id]
+        window = self._windows[module.layer_idx]
         recorded: dict[str, Any] = {
             "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
             "softmax_scale": scale,
@@ -251,6 +258,9 @@ class _QueryRecorder:
             recorded["mass"] = attention_mass(query[0], key[0], scale, softcap, window)
         if self._frequencies is not None:
             recorded["future_queries"] = query_statistics(query[0], self._frequencies)
+        if "output_norms" in self._signals:
+            recorded["output_norms"] = output_norms(value[0], module.o_proj.weight)
+        layer_id: int = module.layer_idx
         self.views[layer_id] = recorded
         if self._on_layer is not None:
             start = first_visible(window, key.shape[-2])
@@ -278,7 +288,8 @@ def capture(
 
     signals: what some policies need besides (`policies.signals_of` says which), at a price: `mass`
     computes the attention of the whole prompt a second time, in chunks of queries;
-    `future_queries` takes mean and covariance of all queries.
+    `future_queries` takes mean and covariance of all queries; `output_norms` projects all values by
+    the output matrix once more for each query head.
 
     on_layer: called with each layer as soon as its keys and values exist, before its own attention
     and the layers after it are computed, so that it can leave meanwhile; what it raises ends the
@@ -391,7 +402,7 @@ def rope_frequencies(model: PreTrainedModel) -> torch.Tensor:
     return frequencies
 
 
-def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:
+def restore(model: PreTrainedModel, kv: RequestKV, decode: Decode = FULL_KV) -> RestoredCache:
     """A cache that `model` continues at the true next position, `kv.next_position`.
 
     It goes wherever transformers takes a cache, as `**cache.kwargs` (the argument's name depends on
@@ -402,22 +413,34 @@ def restore(model: PreTrainedModel, kv: RequestKV) -> RestoredCache:
     token instead. A continuation that starts elsewhere raises `PositionMismatch` and leaves the
     cache as it was.
 
+    decode: the decode phase, one `Retention` for all layers or one for each: after every call a
+    layer evicts what is beyond its budget of tokens. It evicts once a call, so that a call of many
+    tokens holds them all until it ends. Such a cache cannot go back to before its last call.
+
     K/V are cast to the model's dtype and are never written to, so several questions can each have
     their own `restore` of one `kv`; what they share is not copied before the first new token.
 
     Raises:
         ShapeMismatch: layers, heads or channels are not this model's.
-        BadInput: the next position is beyond the model's last.
+        BadInput: the next position is beyond the model's last, or a number of retentions that is
+            not that of the layers.
         Unsupported: see `architecture_of` and `wrap_attention`.
     """
     windows = windows_of(model)
     _check_fits(model, kv)
     wrap_attention(model)
+    retentions = per_layer(decode, len(windows))
     layers = [
-        RestoredLayer(layer, kv.next_position, model, window)
-        for layer, window in zip(kv.layers, windows, strict=True)
+        _restored(layer, retention, kv.next_position, model, window)
+        for layer, retention, window in zip(kv.layers, retentions, windows, strict=True)
     ]
     return RestoredCache(layers)
+
+
+def _restored(layer: LayerKV, retention: Retention, *restored: Any) -> RestoredLayer:
+    if retention == FULL_KV:
+        return RestoredLayer(layer, *restored)
+    return RetainingLayer(layer, retention, *restored)
 
 
 def _check_fits(model: PreTrainedModel, kv: RequestKV) -> None:
@@ -431,7 +454,8 @@ def _check_fits(model: PreTrainedModel, kv: RequestKV) -> None:
         )
     expected = {name: (config.num_key_value_heads, channels_of(config)) for name in ("k", "v")}
     for layer in kv.layers:
-        got = {name: (x.shape[0], x.shape[2]) for name, x in layer.components.items()}
+        cache = {name: x for name, x in layer.components.items() if name not in STATE}
+        got = {name: (x.shape[0], x.shape[2]) for name, x in cache.items()}
         if got != expected:
             raise ShapeMismatch(
                 f"layer {layer.layer_id}: {type(model).__name__} has (heads, channels) {expected}, "

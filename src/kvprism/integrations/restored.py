@@ -46,6 +46,11 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_sliding = window is not None  # which of the model's shared masks is sized by it
         self.start = first_visible(window, next_position)  # what came before it is lost for good
 
+    @property
+    def held_values(self) -> int:
+        """How many values are in memory, padding of heads included."""
+        return self.keys.numel() + self.values.numel()
+
     def get_seq_length(self) -> int:
         return self.next_position
 
@@ -92,6 +97,15 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             f"{int(position_ids.flatten()[0])}; pass only the tokens that come after it, and to "
             "generate from the prompt alone call cache.crop(-1) first"
         )
+
+    def observe(
+        self,
+        query: torch.Tensor,
+        mask: torch.Tensor | None,
+        softmax_scale: float,
+        softcap: float | None,
+    ) -> None:
+        """After a call: its queries and their mask, for a layer that learns from them."""
 
     def mask(self, shared: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
         """This layer's own mask: its columns of the shared one, and padding masked head by head.
@@ -148,7 +162,8 @@ class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         n_kept = int((self.positions < self.next_position).sum())
         super().crop(n_kept - len(self.positions))
         self.positions = self.positions[:n_kept]
-        self.held = None if self.held is None else self.held[:, :n_kept]
+        # Where nothing is left, a call begins anew, and transformers may leave its causal mask out.
+        self.held = None if self.held is None or not n_kept else self.held[:, :n_kept]
 
     def reset(self) -> None:
         """Forget everything; not in place, because the tensors may still be the caller's."""
@@ -165,6 +180,12 @@ class RestoredCache(Cache):
     def kwargs(self) -> "dict[str, RestoredCache]":
         """This cache under the name by which the installed transformers takes one."""
         return {CACHE: self}
+
+    @property
+    def held_values(self) -> int:
+        """How many values are in memory, padding of heads included."""
+        layers: list[Any] = self.layers
+        return sum(layer.held_values for layer in layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions, in all layers or, on an error, in none."""

@@ -20,6 +20,8 @@ from kvprism.planning import PlanOptions, plan
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
 from kvprism.profiles import Profile
+from kvprism.retention import FULL_KV, Retention
+from kvprism.state import expecting_mass, with_mass
 from kvprism.tensors import DTYPE_NAMES, DTYPES, LayerView, RequestKV, Signal
 
 T = TypeVar("T")
@@ -94,16 +96,24 @@ class PrefillWorker(_Role):
         self._plan: Plan | None = None
         self._sender: Sender | None = None
 
-    def prefill(self, ids: list[int], signals: Sequence[Signal] = ()) -> dict[str, Any]:
+    def prefill(
+        self, ids: list[int], signals: Sequence[Signal] = (), mass: bool = False
+    ) -> dict[str, Any]:
         """Run the prompt but for its last token, and keep its cache and what policies need of it.
 
-        signals: as `hf.capture`.
+        signals: as `hf.capture`; mass: send the attention mass along, for a decode side that goes
+        on with it.
         """
         started = time.perf_counter()
         prompt = torch.tensor(ids[:-1])
         self._captured = hf.capture(
-            self._model, prompt, cache_dtype=self._cache_dtype, signals=signals
+            self._model,
+            prompt,
+            cache_dtype=self._cache_dtype,
+            signals={*signals, "mass"} if mass else signals,
         )
+        if mass:
+            self._captured = with_mass(*self._captured)
         self._plan = None
         elapsed_ms = _ms_since(started)
         shape = self._captured[0].shape()
@@ -281,6 +291,9 @@ class PrefillWorker(_Role):
 class DecodeWorker(_Role):
     """Listens, restores caches and continues them.
 
+    decode: what the layers keep while it generates. One that counts attention from the prompt on
+    takes no cache without the prompt's mass, and any other takes none with it.
+
     Raises:
         UnknownName: no such model.
         ProfileMismatch: a profile of another model.
@@ -296,8 +309,11 @@ class DecodeWorker(_Role):
         port: int = 0,
         profile: Profile | None = None,
         allow_remote: bool = False,
+        decode: Retention = FULL_KV,
     ) -> None:
         super().__init__(model, token, profile)
+        self._decode = decode
+        expected = hf.shape_of(self._model, 1)
         self._receiver = Receiver(
             token,
             host=host,
@@ -305,7 +321,7 @@ class DecodeWorker(_Role):
             fingerprint=self._fingerprint,
             profile=profile,
             capability=HOLDS,
-            expected=hf.shape_of(self._model, 1),
+            expected=expecting_mass(expected) if decode.needs_mass else expected,
             lease_s=LEASE_S,
             allow_remote=allow_remote,
         )
@@ -407,7 +423,7 @@ class DecodeWorker(_Role):
                 f"the cache goes on at position {kv.next_position}, where {len(ids)} tokens leave "
                 "nothing to compute"
             )
-        return hf.restore(self._model, kv), ids[kv.next_position :]
+        return hf.restore(self._model, kv, self._decode), ids[kv.next_position :]
 
     def _logits(self, cache: Any, ids: list[int]) -> torch.Tensor:
         """float64 `[token, vocabulary]` of the fed tokens."""

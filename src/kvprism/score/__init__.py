@@ -2,7 +2,7 @@
 
 One file per source of evidence: `importance` is SpectrumKV's; the eviction policies read the
 attention of the last window (`window`), of all queries (`accumulated`), of queries to come
-(`expected`), or the cache alone (`keys`).
+(`expected`), what values become in the layer's output (`output`), or the cache alone (`keys`).
 """
 
 from kvprism.score.attention import attention_logits

@@ -56,6 +56,35 @@ def attention_mass(
     return mass
 
 
+def attention_paid(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    softmax_scale: float,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mass that one call adds while tokens are generated, float32 `[head, token]`.
+
+    queries: `[q_head, query, channel]`, keys: `[head, token, channel]`; mask: the call's own
+    `[1 or q_head, query, token]`, bool or added to the logits, or None: causal, the queries last.
+    """
+    q_heads, n_queries, channels = queries.shape
+    heads, tokens, _ = keys.shape
+    grouped = queries.float().reshape(heads, -1, channels) @ keys.float().mT * softmax_scale
+    logits = torch.nan_to_num(grouped).view(q_heads, n_queries, tokens)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is None:
+        seen = torch.ones(n_queries, tokens, dtype=torch.bool, device=logits.device)
+        mask = seen.tril(tokens - n_queries)
+    if mask.dtype == torch.bool:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + mask.float()
+    weights = logits.softmax(dim=-1).sum(dim=1)
+    return weights.view(heads, -1, tokens).mean(dim=1)
+
+
 def _hidden(queries: range, keys: range, window: int | None, device: torch.device) -> torch.Tensor:
     """`[query, key]`: what a query does not see, the future and what has left its window."""
     at = torch.arange(queries.start, queries.stop, device=device)[:, None]

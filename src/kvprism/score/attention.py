@@ -13,8 +13,8 @@ WINDOW = 32  # queries that a scorer looks at, at most: what `capture` records b
 def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
     """What the captured queries make of `keys` `[head, token, channel]`, in their dtype.
 
-    `[head, q_head of it, window, token]`; after a query stands the dtype's lowest number: its
-    probability is 0, and 0 times its logarithm is 0 too.
+    `[head, q_head of it, window, token]`; after a query, and where a head holds no row, stands the
+    dtype's lowest number: its probability is 0, and 0 times its logarithm is 0 too.
     """
     assert view.queries is not None
     heads, tokens, channels = keys.shape
@@ -24,6 +24,9 @@ def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
     if view.softcap is not None:
         logits = logits.div_(view.softcap).tanh_().mul_(view.softcap)
     logits = logits.view(heads, -1, window, tokens)
+    if view.kv.held is not None:
+        padding = ~view.kv.held[:, None, None]
+        logits.masked_fill_(padding, torch.finfo(logits.dtype).min)
     # The window stands at the end: no query of it has a future before its own positions.
     future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., tokens - window :].masked_fill_(future, torch.finfo(logits.dtype).min)

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from kvprism.score.attention import prefix_weights, query_variance, window_weights
+from kvprism.score.output import relative_output_norms
 from kvprism.tensors import LayerView
 
 # CAKE's gamma, as in its published code: how much fluctuation counts.
@@ -24,6 +25,11 @@ def snapkv(view: LayerView) -> torch.Tensor:
     is 32 and 5. Query heads are averaged before pooling, so that what is kept is one KV row.
     """
     return _whole(_average(prefix_weights(view).sum(dim=2).mean(dim=1)), view)
+
+
+def votes(view: LayerView) -> torch.Tensor:
+    """`snapkv` without its pooling, as CaM's published comparisons rank tokens."""
+    return _whole(prefix_weights(view).sum(dim=2).mean(dim=1), view)
 
 
 def max_pooled(view: LayerView) -> torch.Tensor:
@@ -84,14 +90,21 @@ def defensivekv(view: LayerView) -> torch.Tensor:
 
     Each query's attention is average-pooled over 5 and scaled back to the mass that it had on the
     prefix; then the maximum over the query heads of a KV head and over the window, clamped from
-    below by its mean over the prefix. The paper multiplies this by CriticalKV's ||v W_o||_1 and
-    first fills 90 % of the attention mass; W_o is not in a `LayerView` and neither is done here.
+    below by its mean over the prefix, times CriticalKV's ||v W_o||_1 over the layer's mean of it.
+
+    The factor is normalised, and its source does not say how: the layer's mean leaves heads as they
+    are to each other and makes layers comparable. The first stage, which protects what has 90 % of
+    the attention mass before the factor acts, is left out.
+
+    Raises:
+        MissingSignal: no queries, or the capture was not asked for the projected values' norms.
     """
     prefix = prefix_weights(view)
     pooled = _average(prefix)
     mass = prefix.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True).clamp_min(1e-30)
     worst = (pooled * mass).amax(dim=(1, 2))
-    return _whole(worst.maximum(worst.mean(dim=-1, keepdim=True)), view)
+    floored = worst.maximum(worst.mean(dim=-1, keepdim=True))
+    return _whole(floored * relative_output_norms(view)[:, : floored.shape[-1]], view)
 
 
 def _average(score: torch.Tensor, kernel: int = 5) -> torch.Tensor:
