@@ -72,8 +72,8 @@ def bench_ttft(
     result |= {"placement": placement, "definitions": DEFINITIONS}
     if extrapolate:
         longest = [row for row in rows if row["context"] == max(contexts)]
-        rates = codec_rates()
-        result |= {"codec_rates": asdict(rates), "modelled": modelled(longest, rates)}
+        codec = codec_rates()
+        result |= {"codec_rates": asdict(codec), "modelled": modelled(longest, codec)}
     return result
 
 
