@@ -275,9 +275,10 @@ class Pair:
         self.started = self._checked = time.monotonic()
 
     def ready(self) -> None:
-        """Wait until both models are loaded."""
+        """Wait until both models are loaded; at once when they are."""
         for worker in (self.prefill, self.decode):
-            self._wait(worker)
+            if worker.busy:
+                self._wait(worker)
 
     def call(self, worker: Worker, op: str, **arguments: Any) -> Any:
         """Run an operation once both are ready; what it returns, or raises."""
