@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprism.commands import console, eval_app
+from kvprism.commands import calibrate_app, console, eval_app
 from kvprism.commands.options import (
     AllowRemote,
     BudgetText,
@@ -304,6 +304,9 @@ def probe(
             result.profile.save(out)
             console.say(f"profile: {out}; give both ends --profile {out}")
         console.write_json(json, result.json)
+
+
+app.command(epilog=f"Example: {calibrate_app.EXAMPLE}")(calibrate_app.calibrate)
 
 
 @app.command(epilog="Example: kvprism inspect saved.kvp")

@@ -99,7 +99,8 @@ def run_file(
     _check_plan(model, ids, policy, budget, options, shared)
     pair.ready()
     say("prefilling")
-    result = pair.call(pair.prefill, "prefill", ids=ids, signals=sorted(signals_of([policy])))
+    signals = sorted(signals_of([policy], shared))
+    result = pair.call(pair.prefill, "prefill", ids=ids, signals=signals)
     say("sending")
     plan = {"policy": policy, "budget": budget, "options": options}
     result |= pair.call(pair.prefill, "plan", **plan)
@@ -143,7 +144,7 @@ def prefill_here(
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
-        result = worker.prefill(ids, sorted(signals_of([policy])))
+        result = worker.prefill(ids, sorted(signals_of([policy], shared)))
         say("sending")
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)

@@ -13,7 +13,7 @@ from kvprism.evaluate.arms import RAW, Arm, through_the_wire
 from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
-from kvprism.tensors import DTYPES, LayerView, RequestKV
+from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
 CHUNK = 64
@@ -109,7 +109,7 @@ def measure(
     check_fits(model, case)
     if cache_dtype not in DTYPES:
         raise BadInput(f"cache dtype {cache_dtype!r} is not in {list(DTYPES)}")
-    signals = signals_of(arm.policy for arm in arms)
+    signals = frozenset[Signal]().union(*(signals_of([arm.policy], arm.profile) for arm in arms))
     kv, view = capture(model, case.context, cache_dtype=DTYPES[cache_dtype], signals=signals)
     if query_aware:
         view = asked_about(model, case, view)
@@ -130,7 +130,7 @@ def _outcome(
     plan: Plan, restored: RequestKV, case: Case, raw: torch.Tensor, logits: torch.Tensor
 ) -> Outcome:
     kl, flips = divergence(raw, logits)
-    scored = [_score(logits, case.continuation, answer) for answer in case.answers]
+    scored = [score(logits, case.continuation, answer) for answer in case.answers]
     return Outcome(
         wire_bytes=plan.nbytes,
         reference_bytes=plan.shape.reference_nbytes,
@@ -194,7 +194,7 @@ def _kl(raw: torch.Tensor, arm: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(dim=-1).clamp_min(0)
 
 
-def _score(logits: torch.Tensor, continuation: torch.Tensor, answer: slice) -> tuple[float, bool]:
+def score(logits: torch.Tensor, continuation: torch.Tensor, answer: slice) -> tuple[float, bool]:
     """NLL of an answer, and whether all of it was most likely; position i foretells i + 1."""
     logits = logits[answer.start - 1 : answer.stop - 1]
     targets = continuation[answer].to(logits.device)
