@@ -40,6 +40,7 @@ from kvprism.planning import PlanOptions, layer_shares, plan, plan_shape, smalle
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile
+from kvprism.routes import Route, parse_layers
 from kvprism.score import SCORERS, ranking
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
@@ -49,9 +50,10 @@ COMPARED = ["int4-affine", "int4-hadamard", "int4-grouped", "int4-kivi", "fp8"]
 SPECTRUM = ["spectrum", "spectrum-layer", "spectrum-greedy", "spectrum-balanced", "spectrum-2tier"]
 REMEDIES = ["spectrum-conditioned", "spectrum-adaptive"]
 BASELINES = ["random-tiers", "random-drop", "sinks-recent", "pdtrim"]
-NAMES = [*PLAIN, *COMPARED, *SPECTRUM, *REMEDIES, *BASELINES, "full", *EVICTIONS]
+ROUTED = ["polykv", "polykv-best"]
+NAMES = [*PLAIN, *COMPARED, *SPECTRUM, *REMEDIES, *BASELINES, "full", *EVICTIONS, *ROUTED]
 BUDGETED = [name for name, row in POLICIES.items() if row.budgeted]
-DROPPING = ["spectrum-2tier", "random-drop", "sinks-recent", "pdtrim", *EVICTIONS]
+DROPPING = ["spectrum-2tier", "random-drop", "sinks-recent", "pdtrim", *EVICTIONS, *ROUTED]
 RANKING = [name for name in BUDGETED if POLICIES[name].order == "importance"]
 WITH_SINKS = [name for name, row in POLICIES.items() if row.sinks]
 
@@ -67,10 +69,15 @@ def prompt_view() -> tuple[LayerView, ...]:
     return view_of(prompt())
 
 
+LAYERS = parse_layers("0: tova@80, 1-2: streaming-llm@110")
+ROUTES = tuple(Route(policy, 100, LAYERS) for policy in ROUTED)
+
+
 def profile_with(*settings: LayerSetting, drawn: RequestKV | None = None) -> Profile:
     """Conditioning for every layer but the first, and the probe's settings."""
     conditioning = (None, *conditioning_of(drawn or prompt())[1:])
-    return Profile("ab" * 32, None, conditioning, ProbeRecord("no", "yes", settings, "as given"))
+    probe = ProbeRecord("no", "yes", settings, "as given")
+    return Profile("ab" * 32, None, conditioning, probe, ROUTES)
 
 
 PROFILE = profile_with("plain", "conditioned", "conditioned")

@@ -26,7 +26,8 @@ class LayerRoute:
     tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.policy == FULL) != (self.tokens is None) or (self.tokens or 1) < 1:
+        positive = self.tokens is None or self.tokens > 0
+        if (self.policy == FULL) != (self.tokens is None) or not positive:
             raise BadInput(
                 f"a layer is {FULL} without a number or a policy with one, such as snapkv@640; got "
                 f"{self.policy!r} and {self.tokens}"

@@ -38,6 +38,7 @@ class Settings:
     budgets: str
     paper: str
     policies: str
+    singles: str | None
     preference: str
     sharing: str
     sweeps: int
@@ -49,12 +50,17 @@ class Settings:
         assert self.tokens and self.variant
         for name in self.kinds:
             KINDS[name]
-        for name in (*_names(self.paper), *_names(self.policies)):
+        for name in (*_names(self.paper), *_names(self.policies), *self.whole):
             EVICTIONS[name]
 
     @property
     def kinds(self) -> list[str]:
         return list(KINDS) if self.tasks is None else _names(self.tasks)
+
+    @property
+    def whole(self) -> list[str]:
+        """The whole policies of which the best is named."""
+        return list(EVICTIONS) if self.singles is None else _names(self.singles)
 
     @property
     def tokens(self) -> list[int]:
@@ -130,13 +136,14 @@ def run_calibrate(
 def search_of(calibration: CalibrationSet, ledger: Ledger, settings: Settings) -> RouteSearch:
     """The search that the settings ask for, with progress on stderr."""
     paper, policies = _names(settings.paper), _names(settings.policies)
-    wanted = dict.fromkeys((*paper, *policies, *EVICTIONS))
+    wanted = dict.fromkeys((*paper, *policies, *settings.whole))
     return RouteSearch(
         LayerLosses(calibration, ledger, list(wanted)),
         settings.tokens,
         settings.variant,
         paper,
         policies,
+        settings.whole,
         sweeps=settings.sweeps,
         stage=console.progress,
     )

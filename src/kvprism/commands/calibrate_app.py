@@ -37,6 +37,10 @@ def calibrate(
     policy: Annotated[
         str, typer.Option("--policy", help="Candidate policies of polykv-best.")
     ] = PAPER + ",keydiff,expected-attention,ada-kv,lava,defensivekv",
+    singles: Annotated[
+        str | None,
+        typer.Option("--singles", help="Whole policies, to name the best; all when left out."),
+    ] = None,
     preference: Annotated[
         str, typer.Option("--preference", help="polykv's policies by: perplexity or cosine.")
     ] = "perplexity",
@@ -72,6 +76,7 @@ def calibrate(
             budgets=budget,
             paper=paper,
             policies=policy,
+            singles=singles,
             preference=preference,
             sharing=sharing,
             sweeps=sweeps,

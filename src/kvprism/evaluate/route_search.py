@@ -126,6 +126,10 @@ class RouteSearch:
         """The half that routes are made on."""
         return [document for document in self._documents if not document.chooses]
 
+    @property
+    def _texts(self) -> list[Document]:
+        return [document for document in self.making if document.group == TEXT]
+
     @cached_property
     def choosing(self) -> list[Document]:
         """The half that they are chosen by."""
@@ -138,14 +142,21 @@ class RouteSearch:
         return sorted(n for n in wanted if n < self.losses.calibration.context)
 
     def measure(self) -> None:
-        """Every layer alone under every candidate at every grid point, on the making half."""
-        names = dict.fromkeys((*self.paper, *self.policies))
-        subjects = [
-            self.losses.alone(layer, LayerRoute(policy, tokens))
+        """Every layer alone, on the making half.
+
+        For the allocator under its candidates at every grid point; for Algorithm 1, which reads
+        texts alone, under its own at the budgets.
+        """
+        signals = self._alone(self.paper, self.tokens)
+        self._fill("layers' signals", self._texts, signals)
+        self._fill("layers' curves", self.making, self._alone(self.policies, self.grid))
+
+    def _alone(self, policies: Sequence[str], tokens: Sequence[int]) -> list[Subject]:
+        return [
+            self.losses.alone(layer, LayerRoute(policy, n))
             for layer in range(self.losses.n_layers)
-            for policy, tokens in product(names, self.grid)
+            for policy, n in product(policies, tokens)
         ]
-        self._fill("single layers", self.making, subjects)
 
     def routes(self) -> tuple[list[Route], list[BudgetReport]]:
         """The routes of both policies at every budget, and what they were chosen from."""
@@ -169,11 +180,10 @@ class RouteSearch:
 
     def preferences(self, tokens: int, preference: Preference) -> list[dict[str, float]]:
         """g of every layer and candidate, each alone at this budget, on the making half's text."""
-        texts = [document for document in self.making if document.group == TEXT]
         signal = self._cosine if preference == "cosine" else self._sensitivity
         return [
             {
-                policy: signal(texts, self.losses.alone(layer, LayerRoute(policy, tokens)))
+                policy: signal(self._texts, self.losses.alone(layer, LayerRoute(policy, tokens)))
                 for policy in self.paper
             }
             for layer in range(self.losses.n_layers)
