@@ -105,7 +105,7 @@ def test_an_allocation_gives_tokens_where_they_gain_most() -> None:
     steep = {("a", 50): 2.00, ("b", 100): 1.00, ("b", 150): 0.00}
     assert marginal(100, [flat, steep]) == (["a", "b"], [50, 150])
     assert marginal(300, [flat, steep]) == (["a", "b"], [325, 275])
-    with pytest.raises(BadInput, match="40 tokens a layer .* fewer than the smallest measured"):
+    with pytest.raises(BadInput, match=r"40 tokens a layer .* fewer than the smallest measured"):
         marginal(40, [flat, steep])
 
 

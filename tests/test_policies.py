@@ -69,8 +69,14 @@ def prompt_view() -> tuple[LayerView, ...]:
     return view_of(prompt())
 
 
-LAYERS = parse_layers("0: tova@80, 1-2: streaming-llm@110")
-ROUTES = tuple(Route(policy, 100, LAYERS) for policy in ROUTED)
+ROUTES = tuple(
+    Route(policy, tokens, parse_layers(layers))
+    for policy in ROUTED
+    for tokens, layers in (
+        (60, "0: tova@40, 1-2: streaming-llm@70"),
+        (100, "0: tova@80, 1-2: streaming-llm@110"),
+    )
+)
 
 
 def profile_with(*settings: LayerSetting, drawn: RequestKV | None = None) -> Profile:
@@ -353,7 +359,7 @@ def test_tokens_are_dropped_only_where_the_receiver_can_hold_it(policy: str, dro
     budget = "0.4" if POLICIES[policy].budgeted else None
     if policy in DROPPING and drop == "none":
         with pytest.raises(Unsupported, match="drop=none; choose a policy that"):
-            plan(prompt_view(), policy, budget, capability=capability)
+            plan(prompt_view(), policy, budget, capability=capability, profile=PROFILE)
     else:
         plan(prompt_view(), policy, budget, capability=capability, profile=PROFILE)
 
@@ -385,7 +391,7 @@ def test_only_rankings_by_attention_need_queries(policy: str) -> None:
             planned(policy, view=view)
         for kind in ("position", "norm"):
             plan(view, policy, 0.5, options=PlanOptions(importance=kind), profile=PROFILE)
-    elif policy not in EVICTIONS:  # test_evictions.py has what they need
+    elif not POLICIES[policy].evicts:  # test_evictions.py has what they need
         planned(policy, view=view)
 
 
@@ -406,8 +412,8 @@ def test_a_layer_of_fewer_tokens_keeps_its_range_and_the_budget_is_exact(policy:
     assert len(encode(kv, chosen, profile=PROFILE)) == chosen.nbytes
     assert budget is None or 0.37 < chosen.fraction <= 0.4
     if policy not in RANKING:
-        assert plan_shape(kv.shape(), policy, budget).nbytes == chosen.nbytes
-    if POLICIES[policy].tempo == "whole_prompt" and policy not in EVICTIONS:
+        assert plan_shape(kv.shape(), policy, budget, profile=PROFILE).nbytes == chosen.nbytes
+    if POLICIES[policy].tempo == "whole_prompt" and not POLICIES[policy].evicts:
         assert (tiers_of(chosen, 0) == tiers_of(chosen, 2)).all()
 
 

@@ -18,7 +18,7 @@ from kvprism.policies import POLICIES, Policy
 from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
 from kvprism.routes import Route
-from kvprism.routing import dry_route, route_for, routed_problem, routes_of
+from kvprism.routing import dry_route, reach_nbytes, route_for, routed_problem, routes_of
 from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
     TWO_TIER,
@@ -170,8 +170,15 @@ def smallest_nbytes(
     """The smallest budget in bytes that the policy can do with."""
     row = POLICIES[policy]
     if row.evicts:
-        routes = routes_of(shape, policy, profile) if row.routed and profile else [None]
-        return min(_dry_eviction(policy, shape, options, each).plan(0).nbytes for each in routes)
+        if not row.routed or profile is None:
+            return _dry_eviction(policy, shape, options, None).plan(0).nbytes
+        return min(
+            max(
+                _dry_eviction(policy, shape, options, route).plan(0).nbytes,
+                reach_nbytes(shape, route),
+            )
+            for route in routes_of(shape, policy, profile)
+        )
     problems = _dry_problems(shape, policy, options, profile)
     if POLICIES[policy].tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))

@@ -1,12 +1,13 @@
 """A profile's route -> the eviction problem of a prompt: every layer its own policy and share."""
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 import torch
 
 from kvprism.core import Capability, KVShape, LayerShape, Tier
-from kvprism.errors import BadInput, ProfileMismatch
+from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch
 from kvprism.evict import EvictionProblem, LayerProblem, grants
 from kvprism.evictions import EVICTIONS, layer_problem
 from kvprism.layout import Split
@@ -52,10 +53,14 @@ def route_for(shape: KVShape, policy: str, profile: Profile | None, nbytes: int)
 
     Raises:
         ProfileMismatch, UnknownName: see `routes_of`.
+        BudgetTooSmall: every route was made for a larger budget than this one.
         BadInput: no route was made for a budget like this one.
     """
     routes = routes_of(shape, policy, profile)
-    tokens = nbytes / sum(layer.reference_nbytes / layer.n_tokens for layer in shape.layers)
+    least = min(reach_nbytes(shape, route) for route in routes)
+    if nbytes < least:
+        raise BudgetTooSmall(policy, least, nbytes, shape.reference_nbytes)
+    tokens = nbytes / _token_nbytes(shape)
     route = nearest(routes, tokens)
     if route is None:
         made = ", ".join(f"{route.tokens}tok" for route in routes)
@@ -65,6 +70,16 @@ def route_for(shape: KVShape, policy: str, profile: Profile | None, nbytes: int)
             "budget too"
         )
     return route
+
+
+def reach_nbytes(shape: KVShape, route: Route) -> int:
+    """The smallest budget in bytes that a route serves, whatever its protected tokens take."""
+    return ceil(route.tokens / REACH * _token_nbytes(shape))
+
+
+def _token_nbytes(shape: KVShape) -> float:
+    """A token in every layer, at 16 bits."""
+    return sum(layer.reference_nbytes / layer.n_tokens for layer in shape.layers)
 
 
 def dry_route(shape: KVShape, policy: str) -> Route:
