@@ -254,6 +254,7 @@ def plan(
         str, typer.Option("--link", help="Link speeds, with commas between them.")
     ] = "1Gbps,10Gbps,100Gbps",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     json: Json = None,
 ) -> None:
     """Dry run: bytes per tier, smallest budget, time on a link.
@@ -264,7 +265,7 @@ def plan(
         console.load("kvprism.commands.dry_run")
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
-        result = dry_run(model, policy, budget, tokens, link, codec)
+        result = dry_run(model, policy, budget, tokens, link, codec, profile)
         show_dry_run(result)
         console.write_json(json, result)
 

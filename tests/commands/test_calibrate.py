@@ -70,6 +70,24 @@ def test_an_evaluation_follows_the_route(out: Path, run: Run, text: Path, tmp_pa
     assert all(0.45 < arms[policy] <= 64 / 127 for policy in ("polykv", "polykv-best"))
 
 
+def test_a_context_shorter_than_the_budget_is_said_to_be_whole(
+    out: Path, run: Run, text: Path
+) -> None:
+    result = run("eval", "perplexity", "--text", text, "--context", 50, "--continuation", 8,
+                 "--documents", 2, "--profile", out, "--policy", "polykv",
+                 "--budget", "64tok")  # fmt: skip
+    assert result.exit_code == 0
+    assert "polykv 64tok: no compression, the budget is all of the cache" in result.stdout
+
+
+def test_a_dry_run_takes_the_route(out: Path, run: Run, tmp_path: Path) -> None:
+    given = ("plan", "--policy", "polykv-best", "--tokens", 200, "--profile", out)
+    result = run(*given, "--budget", "64tok", "--json", tmp_path / "plan.json")
+    assert result.exit_code == 0, result.output
+    assert 0.30 < read_json(tmp_path / "plan.json")["fraction"] <= 64 / 200
+    assert "routes are for 64tok" in failure(run(*given, "--budget", "128tok"))
+
+
 def test_an_evaluation_without_a_route_is_refused_early(
     run: Run, out: Path, text: Path, profiles: tuple[Path, Path, Path]
 ) -> None:

@@ -148,6 +148,21 @@ def test_what_was_measured_is_kept_and_not_measured_again(
     assert len(path.read_text().splitlines()) == 1 + 4 + 4
 
 
+def test_what_memory_does_not_keep_is_made_again(
+    losses: LayerLosses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document, route = Document("needle", 1), (KEPT, LayerRoute("h2o", 90), KEPT, KEPT)
+    treatments = [losses.alone(1, KEPT), route, (KEPT,) * 4]
+    found = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr("kvprism.evaluate.layers.KEPT_NBYTES", limit)
+        again = LayerLosses(losses.calibration, Ledger(losses.calibration.header, None), ["h2o"])
+        again.measure([document], treatments)
+        assert (document.name in again._kept) == (limit > 0)
+        found.append(again.ledger.of(document))
+    assert found[0] == found[1] and len(found[0]) == 4
+
+
 def test_records_of_something_else_are_refused(
     subject: LoadedModel, text_file: Path, tmp_path: Path
 ) -> None:

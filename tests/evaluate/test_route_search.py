@@ -145,3 +145,12 @@ def test_settings_that_cannot_be_are_refused(subject: LoadedModel, text_file: Pa
         search_of(subject, text_file, paper=("full",))
     with pytest.raises(BadInput, match="at least one candidate"):
         search_of(subject, text_file, policies=())
+
+
+def test_the_uniform_control_is_the_best_policy_everywhere(
+    search: RouteSearch, found: tuple[list[Route], list[BudgetReport]]
+) -> None:
+    control = search.uniform(TOKENS)
+    everywhere = {p: parse_layers(f"0-3: {p}@{TOKENS}") for p in POLICIES}
+    best = min(POLICIES, key=lambda p: search.loss(search.making, everywhere[p]))
+    assert control.layers == everywhere[best]

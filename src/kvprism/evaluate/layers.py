@@ -37,13 +37,13 @@ from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
 TEXT = "text"
 # No evaluation's tasks are drawn from this seed: users' seeds start at 0.
 CALIBRATION_SEED = 2**63
-# Captured documents that are kept for the next routes.
+# Captured documents, and their layers as routes evict them, that are kept for the next routes.
 KEPT_NBYTES = 2**30
 # Task n of a kind is at depth 3 n mod 11 of 10: each half of them is spread over all depths.
 _DEPTH_STEP = 3
 
 # A route's layers; or a whole policy, layers shared as its own paper has it.
-Subject = tuple[LayerRoute, ...] | LayerRoute
+Treatment = tuple[LayerRoute, ...] | LayerRoute
 Advance = Callable[[int, int], None]
 Stage = Callable[[str], AbstractContextManager[Advance]]
 
@@ -224,13 +224,17 @@ class _Captured:
     _scores: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     _evicted: dict[tuple[int, LayerRoute], LayerKV] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the caches take."""
+        evicted = RequestKV(tuple(self._evicted.values()), self.kv.next_position)
+        return self.kv.resident_nbytes + evicted.resident_nbytes
+
     def layer(self, number: int, its: LayerRoute) -> LayerKV:
         """A layer as the decode side would hold it: evicted, through the wire and back."""
         if its.policy == FULL:
             return self.kv.layers[number]
-        if (number, its) not in self._evicted:
-            self._evicted[number, its] = self._evict(number, its)
-        return self._evicted[number, its]
+        return self._evicted.get((number, its)) or self._evict(number, its)
 
     def _evict(self, number: int, its: LayerRoute) -> LayerKV:
         if (number, its.policy) not in self._scores:
@@ -242,12 +246,15 @@ class _Captured:
         kept = Plan((problem.plan(units_of(problem, its)),), MENU, policy=its.policy)
         return sent(RequestKV((layer,), self.kv.next_position), kept, None).layers[0]
 
-    def holding(self, what: Subject) -> RequestKV:
+    def holding(self, what: Treatment) -> RequestKV:
         """The cache as the decode side would hold it."""
         if isinstance(what, LayerRoute):
             budget = f"{what.tokens}tok"
             return sent(self.kv, plan(self.view, what.policy, budget, capability=HOLDS), None)
         layers = tuple(self.layer(i, its) for i, its in enumerate(what))
+        if _evicted_alone(what) is None:  # routes have layers in common, single layers come once
+            pairs = zip(enumerate(what), layers, strict=True)
+            self._evicted |= {key: layer for key, layer in pairs if key[1].policy != FULL}
         return RequestKV(layers, self.kv.next_position)
 
 
@@ -276,21 +283,23 @@ class LayerLosses:
     def measure(
         self,
         documents: Sequence[Document],
-        subjects: Sequence[Subject],
+        treatments: Sequence[Treatment],
         advance: Advance = lambda done, total: None,
     ) -> None:
         """Fill the ledger; calls `advance` with (documents done, all)."""
-        wanted: dict[str, Subject] = {key_of(subject): subject for subject in subjects}
+        wanted: dict[str, Treatment] = {key_of(treatment): treatment for treatment in treatments}
         wanted |= {key_of(self.full): self.full}
         for done, document in enumerate(documents, 1):
             have = self.ledger.of(document)
-            missing = {key: subject for key, subject in wanted.items() if key not in have}
+            missing = {key: treatment for key, treatment in wanted.items() if key not in have}
             if missing:
                 captured = self._captured(document)
                 losses = {
-                    key: self._loss(document, captured, subject) for key, subject in missing.items()
+                    key: self._loss(document, captured, treatment)
+                    for key, treatment in missing.items()
                 }
                 self.ledger.add(Measured(document.name, losses))
+                self._keep(document, captured)
             advance(done, len(documents))
 
     def entropies(self) -> tuple[float, ...]:
@@ -309,13 +318,15 @@ class LayerLosses:
         return self.ledger.entropies
 
     def _captured(self, document: Document) -> _Captured:
-        if document.name not in self._kept:
-            case = self.calibration.case(document)
-            captured = _Captured(case, *self._capture(case, signals_of(self.policies)))
-            if len(self._kept) * captured.kv.resident_nbytes < KEPT_NBYTES:
-                self._kept[document.name] = captured
-            return captured
-        return self._kept[document.name]
+        if document.name in self._kept:
+            return self._kept[document.name]
+        case = self.calibration.case(document)
+        return _Captured(case, *self._capture(case, signals_of(self.policies)))
+
+    def _keep(self, document: Document, captured: _Captured) -> None:
+        self._kept[document.name] = captured
+        if sum(each.nbytes for each in self._kept.values()) > KEPT_NBYTES:
+            del self._kept[document.name]
 
     def _capture(
         self, case: Case, signals: frozenset[Signal]
@@ -323,12 +334,12 @@ class LayerLosses:
         model = self.calibration.subject.model
         return capture(model, case.context, cache_dtype=torch.bfloat16, signals=signals)
 
-    def _loss(self, document: Document, captured: _Captured, subject: Subject) -> Loss:
-        evicted = _evicted_alone(subject)
+    def _loss(self, document: Document, captured: _Captured, treatment: Treatment) -> Loss:
+        evicted = _evicted_alone(treatment)
         compared = document.group == TEXT and evicted is not None
         if compared and (captured.full is None or not captured.full.hidden):
             captured.full = self._continue(captured, self.full, hidden=True)
-        scored = self._continue(captured, subject, hidden=compared)
+        scored = self._continue(captured, treatment, hidden=compared)
         case = captured.case
         answers = [score(scored.logits, case.continuation, answer) for answer in case.answers]
         return Loss(
@@ -339,30 +350,30 @@ class LayerLosses:
             cosine=_cosine(captured.full, scored, evicted) if compared else None,
         )
 
-    def _continue(self, captured: _Captured, subject: Subject, hidden: bool) -> _Scored:
+    def _continue(self, captured: _Captured, treatment: Treatment, hidden: bool) -> _Scored:
         model, fed = self.calibration.subject.model, captured.case.fed
-        cache = restore(model, captured.holding(subject))
+        cache = restore(model, captured.holding(treatment))
         asked: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
         with torch.no_grad():
             out = model(fed[None].to(model.device), **cache.kwargs, use_cache=True, **asked)
         if not bool(out.logits.isfinite().all()):
-            raise BadInput(f"the model's logits are not finite under {key_of(subject)}")
+            raise BadInput(f"the model's logits are not finite under {key_of(treatment)}")
         layers = tuple(state[0] for state in out.hidden_states[1:]) if hidden else ()
         return _Scored(out.logits[0], layers)
 
 
-def key_of(subject: Subject) -> str:
+def key_of(treatment: Treatment) -> str:
     """As records name it: `0-2: full, 3: tova@256`, or `cake@256` for a whole policy."""
-    if isinstance(subject, LayerRoute):
-        return str(subject)
-    return ranges_of([str(layer) for layer in subject])
+    if isinstance(treatment, LayerRoute):
+        return str(treatment)
+    return ranges_of([str(layer) for layer in treatment])
 
 
-def _evicted_alone(subject: Subject) -> int | None:
+def _evicted_alone(treatment: Treatment) -> int | None:
     """The layer that is not full, if it is the only one."""
-    if isinstance(subject, LayerRoute):
+    if isinstance(treatment, LayerRoute):
         return None
-    evicted = [i for i, layer in enumerate(subject) if layer.policy != FULL]
+    evicted = [i for i, layer in enumerate(treatment) if layer.policy != FULL]
     return evicted[0] if len(evicted) == 1 else None
 
 

@@ -30,7 +30,7 @@ from kvprism.evaluate.layers import (
     LayerLosses,
     Loss,
     Stage,
-    Subject,
+    Treatment,
     key_of,
     silently,
 )
@@ -151,7 +151,7 @@ class RouteSearch:
         self._fill("layers' signals", self._texts, signals)
         self._fill("layers' curves", self.making, self._alone(self.policies, self.grid))
 
-    def _alone(self, policies: Sequence[str], tokens: Sequence[int]) -> list[Subject]:
+    def _alone(self, policies: Sequence[str], tokens: Sequence[int]) -> list[Treatment]:
         return [
             self.losses.alone(layer, LayerRoute(policy, n))
             for layer in range(self.losses.n_layers)
@@ -197,16 +197,30 @@ class RouteSearch:
             return list(self.losses.entropies())
         return [worst_case(layer) for layer in self.preferences(tokens, "perplexity")]
 
-    def _cosine(self, texts: Sequence[Document], subject: Subject) -> float:
-        cosines = [self._loss(text, subject).cosine for text in texts]
+    def _cosine(self, texts: Sequence[Document], treatment: Treatment) -> float:
+        cosines = [self._loss(text, treatment).cosine for text in texts]
         return sum(c for c in cosines if c is not None) / len(cosines)
 
-    def _sensitivity(self, texts: Sequence[Document], subject: Subject) -> float:
+    def _sensitivity(self, texts: Sequence[Document], treatment: Treatment) -> float:
         full, evicted = (
             [(loss.nll, loss.targets) for loss in (self._loss(text, each) for text in texts)]
-            for each in (self.losses.full, subject)
+            for each in (self.losses.full, treatment)
         )
         return perplexity_sensitivity(full, evicted)
+
+    # Controls
+
+    def uniform(self, tokens: int) -> Route:
+        """The candidate that loses least on the making half when all layers have it, equal shares.
+
+        The control that has one policy; `BudgetReport.single` is a whole policy, whose layers may
+        share as its paper has it.
+        """
+        n = self.losses.n_layers
+        everywhere = {policy: ([policy] * n, [tokens] * n) for policy in self.policies}
+        self._try(f"{tokens}tok: one policy", self.making, everywhere.values())
+        best = min(everywhere, key=lambda p: self.loss(self.making, _layers(everywhere[p])))
+        return route("polykv-best", *everywhere[best], "one policy")
 
     # Ours
 
@@ -227,17 +241,17 @@ class RouteSearch:
         report = self._report(tokens, tried, finalists)
         return route("polykv-best", *tried[chosen], f"marginal losses, {chosen}"), report
 
-    def loss(self, documents: Sequence[Document], subject: Subject) -> float:
+    def loss(self, documents: Sequence[Document], treatment: Treatment) -> float:
         """Mean and worst group, added: what the allocator is after."""
-        groups = self.groups(documents, subject)
+        groups = self.groups(documents, treatment)
         return sum(groups.values()) / len(groups) + max(groups.values())
 
-    def groups(self, documents: Sequence[Document], subject: Subject) -> dict[str, float]:
+    def groups(self, documents: Sequence[Document], treatment: Treatment) -> dict[str, float]:
         """Group -> increase of the NLL per scored token over the full cache."""
         more: dict[str, float] = {}
         targets: dict[str, int] = {}
         for document in documents:
-            loss, full = self._loss(document, subject), self._loss(document, self.losses.full)
+            loss, full = self._loss(document, treatment), self._loss(document, self.losses.full)
             more[document.group] = more.get(document.group, 0.0) + loss.nll - full.nll
             targets[document.group] = targets.get(document.group, 0) + loss.targets
         return {group: more[group] / targets[group] for group in more}
@@ -251,8 +265,8 @@ class RouteSearch:
         for layer in range(self.losses.n_layers):
             curve = {}
             for policy, tokens in product(self.policies, self.grid):
-                subject = self.losses.alone(layer, LayerRoute(policy, tokens))
-                groups = list(self.groups(self.making, subject).values())
+                treatment = self.losses.alone(layer, LayerRoute(policy, tokens))
+                groups = list(self.groups(self.making, treatment).values())
                 curve[policy, tokens] = (
                     max(groups) if aggregate == "worst" else sum(groups) / len(groups)
                 )
@@ -315,15 +329,17 @@ class RouteSearch:
     def _least(self, tokens: int) -> int:
         return least_tokens(tokens, self.floor)
 
-    def _loss(self, document: Document, subject: Subject) -> Loss:
-        return self.losses.ledger.of(document)[key_of(subject)]
+    def _loss(self, document: Document, treatment: Treatment) -> Loss:
+        return self.losses.ledger.of(document)[key_of(treatment)]
 
     def _try(self, label: str, documents: Sequence[Document], tried: Iterable[Arrangement]) -> None:
         self._fill(label, documents, [_layers(each) for each in tried])
 
-    def _fill(self, label: str, documents: Sequence[Document], subjects: Sequence[Subject]) -> None:
+    def _fill(
+        self, label: str, documents: Sequence[Document], treatments: Sequence[Treatment]
+    ) -> None:
         with self.stage(label) as advance:
-            self.losses.measure(documents, subjects, advance)
+            self.losses.measure(documents, treatments, advance)
 
 
 def _layers(arrangement: Arrangement) -> tuple[LayerRoute, ...]:
