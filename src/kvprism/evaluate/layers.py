@@ -39,6 +39,8 @@ TEXT = "text"
 CALIBRATION_SEED = 2**63
 # Captured documents, and their layers as routes evict them, that are kept for the next routes.
 KEPT_NBYTES = 2**30
+# Losses of one line of the records: what a run that is stopped has to measure again, at most.
+LINE = 32
 # Task n of a kind is at depth 3 n mod 11 of 10: each half of them is spread over all depths.
 _DEPTH_STEP = 3
 
@@ -291,14 +293,13 @@ class LayerLosses:
         wanted |= {key_of(self.full): self.full}
         for done, document in enumerate(documents, 1):
             have = self.ledger.of(document)
-            missing = {key: treatment for key, treatment in wanted.items() if key not in have}
+            missing = [pair for pair in wanted.items() if pair[0] not in have]
             if missing:
                 captured = self._captured(document)
-                losses = {
-                    key: self._loss(document, captured, treatment)
-                    for key, treatment in missing.items()
-                }
-                self.ledger.add(Measured(document.name, losses))
+                for start in range(0, len(missing), LINE):
+                    line = missing[start : start + LINE]
+                    losses = {key: self._loss(document, captured, each) for key, each in line}
+                    self.ledger.add(Measured(document.name, losses))
                 self._keep(document, captured)
             advance(done, len(documents))
 
