@@ -40,6 +40,7 @@ from kvprism.planning import PlanOptions, layer_shares, plan, plan_shape, smalle
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile
+from kvprism.routes import Route, parse_layers
 from kvprism.score import SCORERS, ranking
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
@@ -49,9 +50,10 @@ COMPARED = ["int4-affine", "int4-hadamard", "int4-grouped", "int4-kivi", "fp8"]
 SPECTRUM = ["spectrum", "spectrum-layer", "spectrum-greedy", "spectrum-balanced", "spectrum-2tier"]
 REMEDIES = ["spectrum-conditioned", "spectrum-adaptive"]
 BASELINES = ["random-tiers", "random-drop", "sinks-recent", "pdtrim"]
-NAMES = [*PLAIN, *COMPARED, *SPECTRUM, *REMEDIES, *BASELINES, "full", *EVICTIONS]
+ROUTED = ["polykv", "polykv-best"]
+NAMES = [*PLAIN, *COMPARED, *SPECTRUM, *REMEDIES, *BASELINES, "full", *EVICTIONS, *ROUTED]
 BUDGETED = [name for name, row in POLICIES.items() if row.budgeted]
-DROPPING = ["spectrum-2tier", "random-drop", "sinks-recent", "pdtrim", *EVICTIONS]
+DROPPING = ["spectrum-2tier", "random-drop", "sinks-recent", "pdtrim", *EVICTIONS, *ROUTED]
 RANKING = [name for name in BUDGETED if POLICIES[name].order == "importance"]
 WITH_SINKS = [name for name, row in POLICIES.items() if row.sinks]
 
@@ -67,10 +69,21 @@ def prompt_view() -> tuple[LayerView, ...]:
     return view_of(prompt())
 
 
+ROUTES = tuple(
+    Route(policy, tokens, parse_layers(layers))
+    for policy in ROUTED
+    for tokens, layers in (
+        (60, "0: tova@40, 1-2: streaming-llm@70"),
+        (100, "0: tova@80, 1-2: streaming-llm@110"),
+    )
+)
+
+
 def profile_with(*settings: LayerSetting, drawn: RequestKV | None = None) -> Profile:
     """Conditioning for every layer but the first, and the probe's settings."""
     conditioning = (None, *conditioning_of(drawn or prompt())[1:])
-    return Profile("ab" * 32, None, conditioning, ProbeRecord("no", "yes", settings, "as given"))
+    probe = ProbeRecord("no", "yes", settings, "as given")
+    return Profile("ab" * 32, None, conditioning, probe, ROUTES)
 
 
 PROFILE = profile_with("plain", "conditioned", "conditioned")
@@ -346,7 +359,7 @@ def test_tokens_are_dropped_only_where_the_receiver_can_hold_it(policy: str, dro
     budget = "0.4" if POLICIES[policy].budgeted else None
     if policy in DROPPING and drop == "none":
         with pytest.raises(Unsupported, match="drop=none; choose a policy that"):
-            plan(prompt_view(), policy, budget, capability=capability)
+            plan(prompt_view(), policy, budget, capability=capability, profile=PROFILE)
     else:
         plan(prompt_view(), policy, budget, capability=capability, profile=PROFILE)
 
@@ -378,7 +391,7 @@ def test_only_rankings_by_attention_need_queries(policy: str) -> None:
             planned(policy, view=view)
         for kind in ("position", "norm"):
             plan(view, policy, 0.5, options=PlanOptions(importance=kind), profile=PROFILE)
-    elif policy not in EVICTIONS:  # test_evictions.py has what they need
+    elif not POLICIES[policy].evicts:  # test_evictions.py has what they need
         planned(policy, view=view)
 
 
@@ -399,8 +412,8 @@ def test_a_layer_of_fewer_tokens_keeps_its_range_and_the_budget_is_exact(policy:
     assert len(encode(kv, chosen, profile=PROFILE)) == chosen.nbytes
     assert budget is None or 0.37 < chosen.fraction <= 0.4
     if policy not in RANKING:
-        assert plan_shape(kv.shape(), policy, budget).nbytes == chosen.nbytes
-    if POLICIES[policy].tempo == "whole_prompt" and policy not in EVICTIONS:
+        assert plan_shape(kv.shape(), policy, budget, profile=PROFILE).nbytes == chosen.nbytes
+    if POLICIES[policy].tempo == "whole_prompt" and not POLICIES[policy].evicts:
         assert (tiers_of(chosen, 0) == tiers_of(chosen, 2)).all()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kvprism.errors import BadInput, KVPrismError, ProfileMismatch
 from kvprism.profiles import MAX_PROFILE_NBYTES, ProbeRecord, Profile
+from kvprism.routes import Route, parse_layers
 from kvprism.tensors import KeyConditioning
 
 FINGERPRINT = "ab" * 32
@@ -32,6 +33,7 @@ def conditioning(heads: int = 2, channels: int = 8, rotate: bool = False) -> Key
 
 PROBE = ProbeRecord("no", "yes", ("conditioned", "no-int4"), "layer 0 has outliers")
 WHOLE = Profile(FINGERPRINT, (0.1, 0.9), (conditioning(), None), PROBE)
+ROUTE = Route("polykv", 640, parse_layers("0: full, 1: snapkv@640"), "by hand")
 
 
 def saved(tmp_path: Path) -> Path:
@@ -86,6 +88,47 @@ def test_a_section_changes_its_own_hash_alone() -> None:
     ours, theirs = WHOLE.section_hashes(), other.section_hashes()
     assert [name for name in ours if ours[name] != theirs[name]] == ["probe"]
     assert other.hash != WHOLE.hash
+
+
+def test_routes_are_a_readable_section_and_come_back(tmp_path: Path) -> None:
+    routed = replace(WHOLE, routes=(ROUTE, replace(ROUTE, policy="polykv-best")))
+    routed.save(tmp_path / "p")
+    body = json.loads((tmp_path / "p").read_text())
+    assert body["routes"][0] == {
+        "policy": "polykv", "tokens": 640, "prefill": "0: full, 1: snapkv@640", "note": "by hand"
+    }  # fmt: skip
+    assert Profile.load(tmp_path / "p") == routed
+    assert Profile.load(tmp_path / "p").routes == routed.routes
+
+
+def test_a_profile_without_routes_keeps_the_hash_that_it_always_had() -> None:
+    """Those of files that were written before there were routes."""
+    assert Profile(FINGERPRINT).hash.hex().startswith("f5d58b7f8f82fdb6")
+    routed = replace(WHOLE, routes=(ROUTE,))
+    ours, theirs = WHOLE.section_hashes(), routed.section_hashes()
+    assert [name for name in theirs if theirs[name] != ours.get(name)] == ["routes"]
+    assert routed.hash != WHOLE.hash
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ({"tokens": 641}, "was edited: routes"),
+        ({"prefill": "0: full, 1: snapkv@641"}, "was edited: routes"),
+        ({"prefill": "0: full, 1: h2o@640"}, "was edited: routes"),
+    ],
+)
+def test_an_edited_route_is_refused(tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    replace(WHOLE, routes=(ROUTE,)).save(tmp_path / "p")
+    body = json.loads((tmp_path / "p").read_text())
+    body["routes"][0] |= change
+    (tmp_path / "p").write_text(json.dumps(body))
+    with pytest.raises(ProfileMismatch, match=why):
+        Profile.load(tmp_path / "p")
+    del body["routes"]
+    (tmp_path / "p").write_text(json.dumps(body))
+    with pytest.raises(ProfileMismatch, match="was edited"):
+        Profile.load(tmp_path / "p")
 
 
 def replace_probe(**changes: Any) -> ProbeRecord:
@@ -245,6 +288,8 @@ def test_shares_are_positive_and_finite(shares: tuple[float, ...]) -> None:
     "sections, why",
     [
         ({"layer_shares": (1,), "conditioning": (None, None)}, "same layers"),
+        ({"layer_shares": (1,), "routes": (ROUTE,)}, "same layers"),
+        ({"routes": (ROUTE, ROUTE)}, "one route for 'polykv' at 640 tokens"),
         ({"conditioning": ()}, "at least one"),
         ({"probe": replace_probe(settings=())}, "at least one"),
         ({"probe": replace_probe(settings=("none",))}, "'none'"),

@@ -5,7 +5,7 @@ With `--check` it writes nothing and fails when a page does not show what was me
 
 import sys
 
-from bench.tables import models, quality, speed
+from bench.tables import models, quality, routes, speed
 from bench.tables.cells import ROOT
 
 SECTIONS = {
@@ -20,6 +20,14 @@ SECTIONS = {
         "modelled": speed.modelled,
         "plan-machine": lambda: speed.measured_on("plan"),
         "plan": speed.planning,
+    },
+    "docs/polykv.md": {
+        "routes": routes.routes,
+        "routes-ruler": lambda: quality.ruler("ruler-routes"),
+        "routes-compare": lambda: routes.route_comparisons("ruler-routes-compare"),
+        "routes-ruler-128": lambda: quality.ruler("ruler-routes-128"),
+        "routes-compare-128": lambda: routes.route_comparisons("ruler-routes-128-compare"),
+        "routes-provenance": lambda: quality.provenance("ruler-routes"),
     },
     "docs/evidence.md": {
         "provenance": quality.provenance,

@@ -111,6 +111,6 @@ def ruler(name: str) -> list[str]:
     return table(heads, lines())
 
 
-def provenance() -> list[str]:
-    row = rows("perplexity")[0]
+def provenance(name: str = "perplexity") -> list[str]:
+    row = rows(name)[0]
     return [f"Commit `{row['commit'][:12]}`, {versions(row)}."]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvprism.commands import bench_app, console, eval_app
+from kvprism.commands import bench_app, calibrate_app, console, eval_app
 from kvprism.commands.options import (
     AllowRemote,
     BudgetText,
@@ -260,6 +260,7 @@ def plan(
         str, typer.Option("--link", help="Link speeds, with commas between them.")
     ] = "1Gbps,10Gbps,100Gbps",
     codec: Codec = "nested",
+    profile: ProfileFile = None,
     json: Json = None,
 ) -> None:
     """Dry run: bytes per tier, smallest budget, time on a link.
@@ -270,7 +271,7 @@ def plan(
         console.load("kvprism.commands.dry_run")
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
-        result = dry_run(model, policy, budget, tokens, link, codec)
+        result = dry_run(model, policy, budget, tokens, link, codec, profile)
         show_dry_run(result)
         console.write_json(json, result)
 
@@ -310,6 +311,9 @@ def probe(
             result.profile.save(out)
             console.say(f"profile: {out}; give both ends --profile {out}")
         console.write_json(json, result.json)
+
+
+app.command(epilog=f"Example: {calibrate_app.EXAMPLE}")(calibrate_app.calibrate)
 
 
 @app.command(epilog="Example: kvprism inspect saved.kvp")

@@ -79,9 +79,14 @@ class LayerProblem:
         return self._rows.size
 
     @property
+    def units_per_token(self) -> int:
+        """One when heads share, else one for every head."""
+        return len(self._rows)
+
+    @property
     def unit_nbytes(self) -> int:
         """Payload bytes of one unit."""
-        return self.token_nbytes // (1 if self.heads == "shared" else len(self.scores))
+        return self.token_nbytes // self.units_per_token
 
     @property
     def token_nbytes(self) -> int:

@@ -28,6 +28,8 @@ from kvprism.plans import Plan
 from kvprism.policies import POLICIES, Policy
 from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
+from kvprism.routes import Route
+from kvprism.routing import dry_route, reach_nbytes, route_for, routed_problem, routes_of
 from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
     ALL_NATIVE,
@@ -133,9 +135,9 @@ def plan(
             f"the receiver does not read {missing}, it reads {list(capability.codecs)}; "
             f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
         )
-    if row.eviction is not None:
-        cut = options.split or split_of(shape)
-        problem = eviction_problem(policy, shape, view, menu, cut, capability)
+    if row.evicts:
+        route = _route(policy, shape, budget, nominal, profile) if row.routed else None
+        problem = _eviction(policy, shape, view, options, capability, route)
         planned = _evict(problem, shape, budget, nominal)
     elif nominal and row.budgeted:
         problems = _problems(policy, shape, view, options, code)
@@ -158,15 +160,18 @@ def plan_shape(
     """A dry run: the plan for a cache that does not exist yet, most recent tokens first.
 
     Layers share uniformly where an eviction policy's shares follow the data; that moves padding.
-    Without a profile `spectrum-adaptive` has the sizes of `spectrum`.
+    Without a profile `spectrum-adaptive` has the sizes of `spectrum`, and a routed policy those of
+    equal shares.
 
     Raises:
         UnknownName, BudgetTooSmall, Unsupported, ProfileMismatch, BadInput: as `plan`.
     """
-    if POLICIES[policy].eviction is not None:
-        return _evict(_dry_eviction(shape, policy, options), shape, budget, nominal=False)
+    row = POLICIES[policy]
+    if row.evicts:
+        route = _route(policy, shape, budget, False, profile) if row.routed and profile else None
+        return _evict(_dry_eviction(policy, shape, options, route), shape, budget, nominal=False)
     problems = _dry_problems(shape, policy, options, profile)
-    return _solve(policy, problems, shape, budget if POLICIES[policy].budgeted else None, profile)
+    return _solve(policy, problems, shape, budget if row.budgeted else None, profile)
 
 
 def smallest_nbytes(
@@ -176,17 +181,65 @@ def smallest_nbytes(
     profile: Profile | None = None,
 ) -> int:
     """The smallest budget in bytes that the policy can do with."""
-    if POLICIES[policy].eviction is not None:
-        return _dry_eviction(shape, policy, options).plan(0).nbytes
+    row = POLICIES[policy]
+    if row.evicts:
+        if not row.routed or profile is None:
+            return _dry_eviction(policy, shape, options, None).plan(0).nbytes
+        return min(
+            max(
+                _dry_eviction(policy, shape, options, route).plan(0).nbytes,
+                reach_nbytes(shape, route),
+            )
+            for route in routes_of(shape, policy, profile)
+        )
     problems = _dry_problems(shape, policy, options, profile)
     if POLICIES[policy].tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
 
 
-def _dry_eviction(shape: KVShape, policy: str, options: PlanOptions) -> EvictionProblem:
+def _eviction(
+    policy: str,
+    shape: KVShape,
+    view: Sequence[LayerView],
+    options: PlanOptions,
+    capability: Capability,
+    route: Route | None,
+) -> EvictionProblem:
+    """Of a row of `evictions.py`, or of a route."""
     cut = options.split or split_of(shape)
-    return eviction_problem(policy, shape, (), options.menu, cut, Capability())
+    if route is None:
+        return eviction_problem(policy, shape, view, options.menu, cut, capability)
+    return routed_problem(route, shape, view, options.menu, cut, capability)
+
+
+def _dry_eviction(
+    policy: str, shape: KVShape, options: PlanOptions, route: Route | None
+) -> EvictionProblem:
+    if POLICIES[policy].routed and route is None:
+        route = dry_route(shape, policy)
+    return _eviction(policy, shape, (), options, Capability(), route)
+
+
+def _route(
+    policy: str,
+    shape: KVShape,
+    budget: str | float | Budget | None,
+    nominal: bool,
+    profile: Profile | None,
+) -> Route:
+    """The profile's route for a budget."""
+    given = required_budget(policy, budget)
+    if nominal:
+        return route_for(
+            shape, policy, profile, int(nominal_fraction(budget) * shape.reference_nbytes)
+        )
+    if split_floor(given)[0]:
+        raise BadInput(
+            f"policy {policy!r} is calibrated for budgets, and {given!r} counts from a floor; name "
+            "the budget itself, such as 256tok"
+        )
+    return route_for(shape, policy, profile, Budget.parse(given, shape).nbytes)
 
 
 def _evict(
@@ -252,8 +305,11 @@ def code_of(shape: KVShape, policy: str, options: PlanOptions, profile: Profile 
 
     Raises:
         ProfileMismatch: no profile, or not one that has what the policy or the codec needs.
+        UnknownName: a route of the profile names an eviction policy that there is not.
         BadInput: the published codec for a policy that conditions.
     """
+    if POLICIES[policy].routed:
+        routes_of(shape, policy, profile)
     settings = _settings(shape, policy, profile)
     menu = _menu(policy, options, "conditioned" in settings.values())
     no_int4 = frozenset(layer for layer, setting in settings.items() if setting == "no-int4")

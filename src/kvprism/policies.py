@@ -1,11 +1,13 @@
 """Policies as rows: name -> order of tokens x curve of tier counts x protected tokens x tempo."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from kvprism.evictions import EVICTIONS, Eviction
+from kvprism.profiles import Profile
 from kvprism.registry import Registry
+from kvprism.routes import FULL
 from kvprism.score import SINKS
 from kvprism.solve import (
     ALL_INT4,
@@ -31,7 +33,7 @@ class Policy:
     remedy: against what INT4 does to some models' keys: `conditioned` takes the conditioned code,
     `adaptive` what the profile's probe recommends for each layer. code: of a policy that is about
     one code, in `MENUS` or `ONE_WIDTH_MENUS`. eviction: a row of `evictions.py` that ranks and
-    splits in order's and family's place.
+    splits in order's and family's place; routed: the profile's route names one for every layer.
     """
 
     summary: str
@@ -43,11 +45,21 @@ class Policy:
     remedy: Literal["none", "conditioned", "adaptive"] = "none"
     code: str | None = None
     eviction: Eviction | None = None
+    routed: bool = False
+
+    @property
+    def evicts(self) -> bool:
+        """True where scores of the policy's own rank tokens, and `evict` solves."""
+        return self.eviction is not None or self.routed
 
     @property
     def budgeted(self) -> bool:
         """False for the fixed-rate arms, which have one size and ignore the budget."""
         return self.family.floor < 1
+
+
+def _routed(summary: str) -> Policy:
+    return Policy(summary, EVICT, "scores", routed=True)
 
 
 def _evicting(row: Eviction) -> Policy:
@@ -124,11 +136,30 @@ POLICIES = Registry(
         ("pdtrim", Policy("first and last halves native, in all layers", EVICT, order="ends")),
         ("full", Policy("FullKV: every token native, the name in papers on eviction", ALL_NATIVE)),
         *((name, _evicting(row)) for name, row in EVICTIONS.items()),
+        ("polykv", _routed("PolyKV: every layer the policy of its signals, from the profile")),
+        ("polykv-best", _routed("every layer by measured marginal loss, from the profile")),
     ],
 )
 
 
-def signals_of(policies: Iterable[str]) -> frozenset[Signal]:
-    """What a capture must be asked for so that these policies can plan; `UnknownName` as there."""
-    rows = [POLICIES[policy].eviction for policy in policies]
-    return frozenset(signal for row in rows if row for signal in row.signals)
+def signals_of(policies: Iterable[str], profile: Profile | None = None) -> frozenset[Signal]:
+    """What a capture must be asked for so that these policies can plan; `UnknownName` as there.
+
+    profile: says which rows a routed policy takes; without it, all signals that a row may need.
+    """
+    return frozenset(
+        signal for policy in policies for row in _rows(policy, profile) for signal in row.signals
+    )
+
+
+def _rows(policy: str, profile: Profile | None) -> Iterator[Eviction]:
+    """The eviction rows that a policy may rank by."""
+    row = POLICIES[policy]
+    if row.eviction is not None:
+        yield row.eviction
+    elif row.routed and profile is None:
+        yield from (each for _, each in EVICTIONS.items())
+    elif row.routed and profile is not None:
+        for route in profile.routes:
+            names = {layer.policy for layer in route.layers} - {FULL}
+            yield from (EVICTIONS[name] for name in names if route.policy == policy)

@@ -2,7 +2,8 @@
 
 A profile is JSON in sections. Each is hashed apart, so that an edited one can be named: SHA-256
 over its name, a zero byte and its JSON with sorted keys, without spaces, in ASCII. The profile's
-hash, which the handshake compares, is SHA-256 over a tag and the section hashes in order.
+hash, which the handshake compares, is SHA-256 over a tag and the section hashes in order. Routes
+came later: a profile without them has neither that section nor its hash, and keeps its own.
 """
 
 import hashlib
@@ -21,11 +22,13 @@ import torch
 
 from kvprism.core import CONDITIONED_CODEC, KEYS, ComponentShape, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, KVPrismError, ProfileMismatch
+from kvprism.routes import Route, parse_layers
 from kvprism.tensors import KeyConditioning
 from kvprism.wire.messages import NOT_STATED
 
 SCHEMA = 2
 SECTIONS = ("fingerprint", "layer_shares", "conditioning", "probe")
+ROUTES = "routes"
 # 80 layers of 8 heads of 128 channels take 0.7 MB.
 MAX_PROFILE_NBYTES = 2**26
 _TAG = b"kvprism profile 2\0"
@@ -52,19 +55,22 @@ class Profile:
     """A model's KV fingerprint (hex) and, as far as calibrated, what was found for it.
 
     layer_shares: the budget share of every layer; conditioning: the key conditioning of every
-    layer, None where keys are quantised as they are; probe: the INT4 probe's verdict. Profiles
+    layer, None where keys are quantised as they are; probe: the INT4 probe's verdict; routes: for
+    `polykv` and its like, an eviction policy and a share for every layer, at some budgets. Profiles
     with the same hash are equal.
 
     Raises:
         BadInput: a fingerprint that is not 32 bytes in lower-case hex, shares that are not positive
             and finite, sections for different numbers of layers, a verdict or setting that does not
-            exist, or a layer that is set to `conditioned` and has no conditioning.
+            exist, a layer that is set to `conditioned` and has no conditioning, or two routes for
+            one policy and budget.
     """
 
     fingerprint: str
     layer_shares: tuple[float, ...] | None = None
     conditioning: tuple[KeyConditioning | None, ...] | None = None
     probe: ProbeRecord | None = None
+    routes: tuple[Route, ...] = ()
 
     def __post_init__(self) -> None:
         if re.fullmatch("[0-9a-f]{64}", self.fingerprint) is None:
@@ -80,7 +86,9 @@ class Profile:
             layer_shares=self.layer_shares,
             conditioning=self.conditioning,
             probe=None if self.probe is None else self.probe.settings,
+            **{str(route): route.layers for route in self.routes},
         )
+        _check_routes(self.routes)
         if self.probe is not None:
             _check_probe(self.probe, self.conditioning or (None,) * len(self.probe.settings))
 
@@ -179,6 +187,8 @@ class Profile:
                 "probe": self.probe,
             }
         )
+        if self.routes:
+            body[ROUTES] = [msgspec.to_builtins(_StoredRoute.of(route)) for route in self.routes]
         return body
 
 
@@ -242,11 +252,27 @@ class _StoredConditioning(msgspec.Struct, forbid_unknown_fields=True):
         return torch.from_numpy(array).view(shape)
 
 
+class _StoredRoute(msgspec.Struct, forbid_unknown_fields=True):
+    """One `Route`; prefill: its layers as a line, such as `0-3: full, 4-10: snapkv@640`."""
+
+    policy: str
+    tokens: int
+    prefill: str
+    note: str
+
+    @classmethod
+    def of(cls, route: Route) -> "_StoredRoute":
+        return cls(route.policy, route.tokens, str(route), route.note)
+
+    def route(self) -> Route:
+        return Route(self.policy, self.tokens, parse_layers(self.prefill), self.note)
+
+
 class _Version(msgspec.Struct):
     schema: int
 
 
-class _Stored(msgspec.Struct, forbid_unknown_fields=True):
+class _Stored(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     schema: int
     fingerprint: str
     layer_shares: tuple[float, ...] | None
@@ -254,13 +280,15 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True):
     probe: ProbeRecord | None
     hashes: dict[str, str]
     hash: str
+    routes: tuple[_StoredRoute, ...] = ()
 
     def profile(self) -> Profile:
         layers = self.conditioning
         conditioning = None
         if layers is not None:
             conditioning = tuple(None if la is None else la.conditioning() for la in layers)
-        return Profile(self.fingerprint, self.layer_shares, conditioning, self.probe)
+        routes = tuple(route.route() for route in self.routes)
+        return Profile(self.fingerprint, self.layer_shares, conditioning, self.probe, routes)
 
 
 def _read(path: Path) -> bytes:
@@ -277,7 +305,7 @@ def _read(path: Path) -> bytes:
 
 
 def _section_hashes(body: Mapping[str, object]) -> dict[str, bytes]:
-    return {name: _section_hash(name, body[name]) for name in SECTIONS}
+    return {name: _section_hash(name, body[name]) for name in (*SECTIONS, ROUTES) if name in body}
 
 
 def _section_hash(name: str, value: object) -> bytes:
@@ -286,13 +314,13 @@ def _section_hash(name: str, value: object) -> bytes:
 
 
 def _root_hash(hashes: Mapping[str, bytes]) -> bytes:
-    return hashlib.sha256(_TAG + b"".join(hashes[name] for name in SECTIONS)).digest()
+    return hashlib.sha256(_TAG + b"".join(hashes.values())).digest()
 
 
 def _check_hashes(path: Path, stored: _Stored) -> None:
     hashes = _section_hashes(msgspec.to_builtins(stored))
     shown = {name: digest.hex() for name, digest in hashes.items()}
-    edited = [name for name in SECTIONS if stored.hashes.get(name) != shown[name]]
+    edited = [name for name in shown if stored.hashes.get(name) != shown[name]]
     if edited or stored.hashes != shown or stored.hash != _root_hash(hashes).hex():
         raise ProfileMismatch(
             f"{path} was edited: {', '.join(edited) or 'hash'} is not what was hashed; make the "
@@ -326,6 +354,13 @@ def _check_probe(probe: ProbeRecord, conditioning: Sequence[KeyConditioning | No
                 f"the probe sets layer {layer} to 'conditioned' and the profile has no "
                 "conditioning for it; set it to 'plain' or 'no-int4'"
             )
+
+
+def _check_routes(routes: Sequence[Route]) -> None:
+    seen = [(route.policy, route.tokens) for route in routes]
+    for policy, tokens in seen:
+        if seen.count((policy, tokens)) > 1:
+            raise BadInput(f"a profile has one route for {policy!r} at {tokens} tokens, got more")
 
 
 def _check_layers(**sections: Sequence[object] | None) -> None:

@@ -6,7 +6,6 @@ scorers see the same `LayerView`, with the queries of the calls instead of the p
 
 import re
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from kvprism.core import ComponentShape, LayerShape
 from kvprism.errors import BadInput, UnknownName, Unsupported
 from kvprism.evict import LayerProblem
 from kvprism.evictions import EVICTIONS, Eviction
+from kvprism.routes import FULL, ranges_of
 from kvprism.solve import DROP_INDEX
 from kvprism.tensors import DTYPE_NAMES, LayerKV, LayerView
-
-FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -111,12 +109,7 @@ def label_of(decode: Decode) -> str:
     """
     if isinstance(decode, Retention):
         return str(decode)
-    parts = []
-    for its, group in groupby(enumerate(decode), key=lambda pair: pair[1]):
-        layers = [layer for layer, _ in group]
-        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-        parts.append(f"{span}: {its}")
-    return ", ".join(parts)
+    return ranges_of([str(its) for its in decode])
 
 
 def decode_policies() -> list[str]:

@@ -16,6 +16,7 @@ from kvprism.integrations.hf import capture
 from kvprism.planning import PlanOptions
 from kvprism.policies import POLICIES, signals_of
 from kvprism.profiles import ProbeRecord, Profile
+from kvprism.routes import Route, parse_layers
 
 
 def names(arms: tuple[Arm, ...]) -> list[tuple[str, Any]]:
@@ -84,8 +85,8 @@ def test_what_is_no_budget_is_refused_before_anything_is_measured(budget: str) -
 
 
 def test_unknown_policies_and_codecs_are_refused() -> None:
-    with pytest.raises(UnknownName, match="polykv"):
-        arms_of(["polykv"], ["0.3"])
+    with pytest.raises(UnknownName, match="polykw"):
+        arms_of(["polykw"], ["0.3"])
     with pytest.raises(UnknownName, match="zip"):
         arms_of(["raw"], [], PlanOptions(codec="zip"))
 
@@ -102,7 +103,9 @@ def saved(captured: Any, tmp_path_factory: pytest.TempPathFactory) -> SavedProfi
     conditioning = conditioning_of(captured[0], offset=0.1)
     probe = ProbeRecord("no", "yes", ("conditioned",) * len(conditioning), "a test says so")
     path = tmp_path_factory.mktemp("profile") / "tiny.json"
-    Profile("ab" * 32, None, conditioning, probe).save(path)
+    layers = parse_layers("0: h2o@80, 1-3: expected-attention@144")
+    routes = tuple(Route(policy, 128, layers) for policy in ("polykv", "polykv-best"))
+    Profile("ab" * 32, None, conditioning, probe, routes).save(path)
     return SavedProfile.named(path)
 
 

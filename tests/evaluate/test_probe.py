@@ -11,7 +11,7 @@ import torch
 from kvprism.errors import BadInput, ProfileMismatch
 from kvprism.evaluate.diagnosis import ATTENTION_LIMIT
 from kvprism.evaluate.measure import LoadedModel
-from kvprism.evaluate.probe import ProbeReport, probe, ranges_of
+from kvprism.evaluate.probe import ProbeReport, probe
 from kvprism.integrations.hf import rope_frequencies
 from kvprism.profiles import Profile
 from kvprism.tensors import KeyConditioning
@@ -183,9 +183,3 @@ def test_a_report_survives_json(collapsed: ProbeReport) -> None:
     stored = msgspec.json.encode(collapsed)
     assert msgspec.json.decode(stored, type=ProbeReport) == collapsed
     assert msgspec.to_builtins(collapsed)["published"]["successes"] == collapsed.published.successes
-
-
-def test_ranges_join_neighbours_only() -> None:
-    assert ranges_of(["plain", "conditioned", "conditioned", "plain"]) == (
-        "0: plain, 1-2: conditioned, 3: plain"
-    )

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from kvprism.commands import console
@@ -56,7 +57,13 @@ def plan_without_prompt(
 
 
 def dry_run(
-    model: str, policy: str, budget: str | None, tokens: int, links: str, codec: str
+    model: str,
+    policy: str,
+    budget: str | None,
+    tokens: int,
+    links: str,
+    codec: str,
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Plan `tokens` tokens of `model` without running it.
 
@@ -65,8 +72,9 @@ def dry_run(
     rates = {link.strip(): link_bytes_per_s(link) for link in links.split(",")}
     shape = hf.shape_of(hf.load_config(model), tokens)
     options = PlanOptions(codec=codec)
-    planned = plan_without_prompt(shape, policy, budget, options)
-    smallest = smallest_nbytes(shape, policy, options)
+    shared = None if profile is None else Profile.load(profile)
+    planned = plan_without_prompt(shape, policy, budget, options, shared)
+    smallest = smallest_nbytes(shape, policy, options, shared)
     tiers = _tiers(planned)
     return {
         "kind": "plan",

@@ -24,7 +24,8 @@ from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations.hf import load_config, shape_of
 from kvprism.planning import PlanOptions, code_of
-from kvprism.retention import FULL, Retention
+from kvprism.retention import Retention
+from kvprism.routes import FULL
 
 
 class Heading(NamedTuple):
@@ -164,7 +165,14 @@ def show_rows(rows: Sequence[Row]) -> None:
         for arm in arms:
             if arm[0].value is None:
                 console.say(f"{_name(arm[0])}: infeasible, {arm[0].reason}")
+            elif not arm[0].fixed_rate and _whole(arm[0]):
+                console.say(f"{_name(arm[0])}: no compression, the budget is all of the cache")
     console.say("Below each figure: the 95 % interval of its change from raw, by document.")
+
+
+def _whole(row: Row) -> bool:
+    """Whether what was sent is as large as the cache itself: every token, as it is."""
+    return row.fraction_native is not None and row.fraction_native >= 1
 
 
 def _cell(figure: Row | Comparison) -> str:

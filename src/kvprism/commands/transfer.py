@@ -21,7 +21,8 @@ from kvprism.integrations.worker import Pair
 from kvprism.planning import PlanOptions, code_of
 from kvprism.policies import signals_of
 from kvprism.profiles import Profile
-from kvprism.retention import FULL, Retention, needs_mass
+from kvprism.retention import Retention, needs_mass
+from kvprism.routes import FULL
 from kvprism.transport import tcp
 from kvprism.transport.token import load_token
 
@@ -101,7 +102,8 @@ def run_file(
     _check_plan(model, ids, policy, budget, options, shared)
     pair.ready()
     say("prefilling")
-    result = pair.call(pair.prefill, "prefill", ids=ids, signals=sorted(signals_of([policy])))
+    signals = sorted(signals_of([policy], shared))
+    result = pair.call(pair.prefill, "prefill", ids=ids, signals=signals)
     say("sending")
     plan = {"policy": policy, "budget": budget, "options": options}
     result |= pair.call(pair.prefill, "plan", **plan)
@@ -151,7 +153,7 @@ def prefill_here(
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
-        result = worker.prefill(ids, sorted(signals_of([policy])), mass)
+        result = worker.prefill(ids, sorted(signals_of([policy], shared)), mass)
         say("sending")
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)

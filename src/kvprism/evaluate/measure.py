@@ -14,7 +14,7 @@ from kvprism.integrations.hf import capture, fingerprint, load, restore
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
 from kvprism.retention import FULL_KV, Decode
-from kvprism.tensors import DTYPES, LayerView, RequestKV
+from kvprism.tensors import DTYPES, LayerView, RequestKV, Signal
 
 # Rows of float64 logits held at once: 64 rows of a 150k vocabulary are 77 MB.
 CHUNK = 64
@@ -141,7 +141,7 @@ def capture_for(
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """A context's cache, and what the arms need of it; errors as `capture`."""
     dtype = known_dtype("cache dtype", cache_dtype)
-    signals = signals_of(arm.policy for arm in arms)
+    signals = frozenset[Signal]().union(*(signals_of([arm.policy], arm.profile) for arm in arms))
     if any(any(arm.masses(model.config.num_hidden_layers)) for arm in arms):
         signals |= {"mass"}
     return capture(model, context, cache_dtype=dtype, signals=signals)
@@ -159,7 +159,7 @@ def outcome_of(
 ) -> Outcome:
     """An arm's plan, its cache, and its logits and raw's `[token, vocabulary]` of `case.fed`."""
     kl, flips = divergence(raw, logits)
-    scored = [_score(logits, case.continuation, answer) for answer in case.answers]
+    scored = [score(logits, case.continuation, answer) for answer in case.answers]
     return Outcome(
         wire_bytes=plan.nbytes,
         reference_bytes=plan.shape.reference_nbytes,
@@ -269,7 +269,7 @@ def _kl(raw: torch.Tensor, arm: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(dim=-1).clamp_min(0)
 
 
-def _score(logits: torch.Tensor, continuation: torch.Tensor, answer: slice) -> tuple[float, bool]:
+def score(logits: torch.Tensor, continuation: torch.Tensor, answer: slice) -> tuple[float, bool]:
     """NLL of an answer, and whether all of it was most likely; position i foretells i + 1."""
     logits = logits[answer.start - 1 : answer.stop - 1]
     targets = continuation[answer].to(logits.device)

@@ -15,7 +15,6 @@ Where the model itself misses a needle at 16 bits the needles confirm nothing: `
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Literal
 
 import msgspec
@@ -38,6 +37,7 @@ from kvprism.evaluate.rows import provenance
 from kvprism.integrations.hf import capture
 from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile, Verdict
+from kvprism.routes import ranges_of
 from kvprism.tensors import KeyConditioning, LayerView, RequestKV
 
 CONTEXT = 2048
@@ -323,21 +323,6 @@ _ALONE = {"plain": "spectrum", "conditioned": "spectrum-conditioned", "no-int4":
 def _policy(settings: Sequence[LayerSetting]) -> str:
     """The policy that does this; where all layers agree it needs no settings in the profile."""
     return _ALONE[settings[0]] if len(set(settings)) == 1 else "spectrum-adaptive"
-
-
-def ranges_of(settings: Sequence[LayerSetting]) -> str:
-    """Settings by ranges of layers.
-
-    Example:
-        >>> ranges_of(["conditioned", "conditioned", "plain"])
-        '0-1: conditioned, 2: plain'
-    """
-    parts = []
-    for setting, group in groupby(enumerate(settings), key=lambda pair: pair[1]):
-        layers = [layer for layer, _ in group]
-        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-        parts.append(f"{span}: {setting}")
-    return ", ".join(parts)
 
 
 def _settle(

@@ -178,15 +178,7 @@ def _resume(task: Task, header: Header, path: Path) -> list[Record]:
     found: list[Record] = []
     if path.exists():
         stored, found = load_records(path)
-        if stored.digest != header.digest:
-            differences = list(_differences(_settings(stored), _settings(header)))
-            more = len(differences) - SHOWN_DIFFERENCES
-            raise BadInput(
-                f"{path} holds records of another run "
-                f"({'; '.join(differences[:SHOWN_DIFFERENCES])}"
-                f"{f'; and {more} more' if more > 0 else ''}); name another file, remove this one, "
-                "or repeat the run with its own settings"
-            )
+        require_same(path, stored, header)
     arms = {key_of(arm) for arm in task.arms}
     seen: dict[str, set[ArmKey]] = {}
     for record in found:
@@ -195,6 +187,20 @@ def _resume(task: Task, header: Header, path: Path) -> list[Record]:
     lines = [msgspec.json.encode(item) for item in (header, *kept)]
     replace_file(path, b"\n".join([*lines, b""]))
     return kept
+
+
+def require_same(path: Path, stored: Header, header: Header) -> None:
+    """Refuse the records of another configuration or version (`BadInput`)."""
+    if stored.digest == header.digest:
+        return
+    differences = list(_differences(_settings(stored), _settings(header)))
+    more = len(differences) - SHOWN_DIFFERENCES
+    raise BadInput(
+        f"{path} holds records of another run "
+        f"({'; '.join(differences[:SHOWN_DIFFERENCES])}"
+        f"{f'; and {more} more' if more > 0 else ''}); name another file, remove this one, "
+        "or repeat the run with its own settings"
+    )
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[str]:
