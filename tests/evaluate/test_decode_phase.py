@@ -8,11 +8,12 @@ import torch
 from evaluate.synthetic import Synthetic
 
 from kvprism.commands.evaluate import decode_phases, parse_arms
+from kvprism.commands.options import EvaluationOptions
 from kvprism.core import MASS
 from kvprism.errors import BadInput, UnknownName, Unsupported
 from kvprism.evaluate.arms import Arm, arms_of, through_the_wire
 from kvprism.evaluate.haystack import generated_ids
-from kvprism.evaluate.measure import Case, LoadedModel, continue_on, measure, step_on
+from kvprism.evaluate.measure import Case, LoadedModel, continue_on, feed, measure
 from kvprism.evaluate.records import collect, key_of, load_records
 from kvprism.evaluate.summary import compare, rows_of
 from kvprism.integrations.hf import capture
@@ -43,7 +44,10 @@ def test_every_arm_goes_under_every_decode_phase_and_the_baseline_under_none() -
 def test_the_command_line_names_decode_phases() -> None:
     assert decode_phases(None, None) == [FULL_KV]
     assert decode_phases("full, h2o", "48tok") == [FULL_KV, H2O]
-    arms = parse_arms("tova", "0.5", "attention", "nested", 0, None, "h2o", "48tok")
+    given = EvaluationOptions(
+        policy="tova", budget="0.5", decode_policy="h2o", decode_budget="48tok"
+    )
+    arms = parse_arms(given)
     assert [arm.decode for arm in arms] == [None, H2O]
     with pytest.raises(BadInput, match="--decode-budget 48tok without a --decode-policy"):
         decode_phases(None, "48tok")
@@ -58,7 +62,7 @@ def test_the_command_line_names_decode_phases() -> None:
 def test_steps_with_everything_kept_are_the_continuation(subject: LoadedModel, case: Case) -> None:
     kv, _ = capture(subject.model, case.context, cache_dtype=torch.bfloat16)
     whole = continue_on(subject.model, kv, case.fed)
-    stepped, nbytes = step_on(subject.model, kv, case.fed, Retention("tova", 1000))
+    stepped, nbytes = feed(subject.model, kv, case.fed, Retention("tova", 1000))
     # The same sums in another order; logits are below 100, float32 has 24 bits.
     torch.testing.assert_close(stepped, whole, atol=1e-3, rtol=0)
     assert nbytes == kv.resident_nbytes * (CONTEXT + FED) // CONTEXT

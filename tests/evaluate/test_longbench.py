@@ -19,6 +19,7 @@ from kvprism.evaluate.measure import LoadedModel, generate_on
 from kvprism.evaluate.records import Record, collect, load_records
 from kvprism.evaluate.summary import compare, rows_of
 from kvprism.integrations.hf import capture, restore
+from kvprism.retention import Retention
 
 RAW = arms_of(["raw"], [])
 SPOKEN = [name for name, task in TASKS.items() if task.score not in CHINESE]
@@ -137,6 +138,16 @@ def test_generation_ends_with_a_stop_which_may_be_kept_from_coming_first(bench: 
     assert generate_on(model, kv, question, 6, stops=(free[0],)).tolist() == free[:1]
     later = generate_on(model, kv, question, 6, stops=(free[0],), fewest=1).tolist()
     assert later[0] != free[0] and len(later) > 1
+
+
+def test_answers_are_generated_under_the_arms_decode_phase(bench: LongBench) -> None:
+    model, (context, question) = bench.subject.model, bench.prompt(LongBenchId("hotpotqa", 2))
+    kv, _ = capture(model, context)
+    free = generate_on(model, kv, question, 12, stops=())
+    roomy = Retention("tova", len(context) + len(question) + 12)
+    assert torch.equal(generate_on(model, kv, question, 12, (), roomy), free)
+    tight = generate_on(model, kv, question, 12, (), Retention("tova", 16))
+    assert not torch.equal(tight, free)
 
 
 @pytest.fixture(scope="module")

@@ -351,7 +351,7 @@ def _pairs(cell: Cell, policy: str, versus: str) -> list[tuple[ArmKey, ArmKey]]:
         (arm, other)
         for arm in _named(cell, policy)
         for other in _named(cell, versus)
-        if arm.importance == other.importance
+        if arm[3:] == other[3:]  # importance and decode phase
         and (arm.budget == other.budget or None in (arm.budget, other.budget))
     ]
 
