@@ -19,7 +19,7 @@ from kvprism.core import KVShape
 from kvprism.errors import Unsupported
 from kvprism.integrations.families import fingerprint, shape_of, windows_of
 from kvprism.integrations.hf import load_tokenizer
-from kvprism.integrations.vllm.config import TRIED_VLLM, ConnectorConfig
+from kvprism.integrations.vllm.config import TRIED_VLLM, Address, ConnectorConfig
 from kvprism.integrations.vllm.consumer import Consumer
 from kvprism.integrations.vllm.counts import Counts
 from kvprism.integrations.vllm.layouts import PagedCache, layer_number, layout_of
@@ -187,13 +187,18 @@ class _WorkerHalf:
         )
         if config.profile is not None:
             config.profile.check(own)
-        cache = _paged(vllm_config, kv_caches)
-        self._producer = Producer(config, own, cache, counts) if producer else None
+        self.cache = _paged(vllm_config, kv_caches)
+        self._producer = Producer(config, own, self.cache, counts) if producer else None
         self._consumer: Consumer | None = None
         if consumer:
             expected = shape_of(model.hf_config, 1)
-            self._consumer = Consumer(config, own, expected, cache, counts)
-            logger.info("kvprism listens on %s", self._consumer.addresses)
+            self._consumer = Consumer(config, own, expected, self.cache, counts)
+            logger.info("kvprism listens on %s", self.addresses)
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where this side listens."""
+        return [] if self._consumer is None else self._consumer.addresses
 
     def expect(self, load: Load) -> None:
         assert self._consumer is not None
