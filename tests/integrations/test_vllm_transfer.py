@@ -32,20 +32,22 @@ PATIENCE_S = 20.0
 Settings = dict[str, Any]
 
 
-def paged(random: bool) -> tuple[PagedCache, list[torch.Tensor]]:
+def paged(random: bool, slots: int = SLOTS) -> tuple[PagedCache, list[torch.Tensor]]:
     make = torch.randn if random else torch.zeros
-    tensors = [make(BLOCKS, HEADS, SLOTS, 2 * CHANNELS) for _ in range(LAYERS)]
+    tensors = [make(BLOCKS, HEADS, slots, 2 * CHANNELS) for _ in range(LAYERS)]
     return PagedCache({i: cpu_views(kv) for i, kv in enumerate(tensors)}), tensors
 
 
 class Ends:
     """A producer and a consumer with the same token, and their caches and counts."""
 
-    def __init__(self, stack: ExitStack, folder: Path, ours: Settings, theirs: Settings) -> None:
+    def __init__(
+        self, stack: ExitStack, folder: Path, ours: Settings, theirs: Settings, slots: int
+    ) -> None:
         create_token(folder / "token")
         self.sent, self.got = Counts(), Counts()
         self.source, _ = paged(random=True)
-        self.target, self.blocks = paged(random=False)
+        self.target, self.blocks = paged(False, slots)
         common = {"token_file": str(folder / "token"), "silence_s": 2.0}
         listen = {"listen": "127.0.0.1:0", "transfer_timeout_s": 1.0}
         extra = common | listen | theirs
@@ -94,9 +96,11 @@ def wait(done: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def ends(folder: Path, theirs: Settings | None = None, **ours: Any) -> Iterator[Ends]:
+def ends(
+    folder: Path, theirs: Settings | None = None, slots: int = SLOTS, **ours: Any
+) -> Iterator[Ends]:
     with ExitStack() as stack:
-        yield Ends(stack, folder, ours, theirs or {})
+        yield Ends(stack, folder, ours, theirs or {}, slots)
 
 
 @pytest.mark.parametrize("first", ["load", "part"])
@@ -140,6 +144,13 @@ def test_the_first_chunk_arrives_before_the_second_is_computed(tmp_path: Path) -
     with ends(tmp_path, send="chunk") as both:
         both.save(0, 40, last=False)
         wait(lambda: both.got.take().get("parts_received") == 1)
+
+
+def test_block_sizes_may_differ(tmp_path: Path) -> None:
+    with ends(tmp_path, slots=2 * SLOTS) as both:
+        both.expect()
+        both.save()
+        assert both.finished() == set() and both.same()
 
 
 def test_what_the_local_cache_has_is_not_overwritten(tmp_path: Path) -> None:
