@@ -110,6 +110,17 @@ def test_a_request_loads_once(halves: Any) -> None:
     assert len(decode.take_loads()) == 1 and not decode.take_loads()
 
 
+def test_a_transfer_is_claimed_once(halves: Any) -> None:
+    """Two samples of one request carry the same parameters; the second one is computed."""
+    prefill, decode = halves
+    params = prefilled(prefill, IDS)
+    loaded(decode, IDS, dict(params))
+    again = request("e", IDS, dict(params))
+    decode.on_new_request(again)
+    assert decode.matched_tokens(again, 0) == 0
+    assert decode.counts.take() == {"skipped:claimed_before": 1}
+
+
 def test_lossy_caches_have_a_namespace_of_their_own(halves: Any) -> None:
     prefill, decode = halves
     params = prefilled(prefill, IDS)
@@ -122,7 +133,7 @@ def test_lossy_caches_have_a_namespace_of_their_own(halves: Any) -> None:
         decode.on_new_request(asked)
     assert len({repr(r.block_hashes) for r in (plain, lossy, other)}) == 3
     assert all(len(r.block_hashes) == 1 for r in (plain, lossy, other))
-    again = request("d", IDS, params)
+    again = request("d", IDS, prefilled(prefill, IDS))
     decode.on_new_request(again)
     assert again.block_hashes == lossy.block_hashes
 

@@ -344,6 +344,15 @@ def test_the_oldest_parts_give_way() -> None:
     assert box.collect() == {"d1", "d2"}
 
 
+def test_a_part_that_cannot_be_written_fails_the_load() -> None:
+    clock, counts = Clock(), Counts()
+    box = inbox(clock, counts)
+    box.expect(Load("d", BINDING, (7, BLOCKS + 1, 5), 0, N))  # a block that does not exist
+    box.deliver(part_id(BINDING, 0), cache(0, N))
+    assert box.collect() == {"d"} and box.take_invalid() == {7, BLOCKS + 1, 5}
+    assert counts.take() == {"failures:not_written": 1}
+
+
 @pytest.mark.parametrize(("start", "stop"), [(1, N), (0, N + 1)])
 def test_a_part_of_other_tokens_than_its_name_says_fails_the_load(start: int, stop: int) -> None:
     clock, counts = Clock(), Counts()

@@ -125,10 +125,15 @@ class Inbox:
                 self._fail(waiting, "wrong_tokens")
             return False
         skip = max(0, load.start - start)  # those that the local prefix cache has
-        if skip < stop - start:
-            for la in kv.layers:
+        try:
+            for la in kv.layers if skip < stop - start else ():
                 keys, values = la.components["k"][:, skip:], la.components["v"][:, skip:]
                 self._cache.scatter(la.layer_id, load.blocks, start + skip, keys, values)
+        except Exception:  # whatever it is, the request must not wait for ever
+            logger.exception("kvprism: request %s", load.request_id)
+            with self._lock:
+                self._fail(waiting, "not_written")
+            return False
         waiting.reached = stop
         return True
 

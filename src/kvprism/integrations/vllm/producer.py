@@ -127,9 +127,12 @@ class Courier:
         while (part := self._parts.get()) is not None:
             try:
                 self._send(part)
-            except KVPrismError as error:
+            except Exception as error:  # a bug in one part must not stop all that follow
                 self._counts.label("failures", type(error).__name__)
-                logger.warning("kvprism: not sent to %s port %d: %s", *self.address, error)
+                known = isinstance(error, KVPrismError)
+                logger.warning(
+                    "kvprism: not sent to %s port %d: %r", *self.address, error, exc_info=not known
+                )
                 self._hang_up()
             with self._lock:
                 self._waiting_nbytes -= part.nbytes

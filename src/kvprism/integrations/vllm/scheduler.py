@@ -20,6 +20,8 @@ _BINDING_TAG = b"kvprism vllm transfer 1\0"
 _SALT_TAG = "kvprism vllm cache 1"
 TRANSFER_NBYTES = 16
 MAX_CODE = 256
+# Transfers that are remembered as claimed; the oldest are forgotten.
+MAX_CLAIMED = 2**16
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class SchedulerHalf:
         self._producer, self._consumer = producer, consumer
         self._outgoing: dict[str, _Outgoing] = {}
         self._incoming: dict[str, _Incoming] = {}
+        self._claimed: dict[bytes, None] = {}
         self._loads: list[Load] = []
         self.counts = Counts()
 
@@ -186,9 +189,21 @@ class SchedulerHalf:
             self.counts.label("skipped", str(cause))
             return
         binding = _binding(transfer, request, str(code))
+        if not self._claim(binding):
+            self.counts.label("skipped", "claimed_before")
+            return
         self._incoming[request.request_id] = _Incoming(binding, request.num_prompt_tokens - 1)
         if code != "raw":
             _move_to_namespace(request, str(code))
+
+    def _claim(self, binding: bytes) -> bool:
+        """A cache is there once: whoever comes later, as the second of `n` samples, computes."""
+        if binding in self._claimed:
+            return False
+        self._claimed[binding] = None
+        if len(self._claimed) > MAX_CLAIMED:
+            del self._claimed[next(iter(self._claimed))]
+        return True
 
 
 def _not_carried(request: EngineRequest) -> str | None:
