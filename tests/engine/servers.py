@@ -21,7 +21,6 @@ MODEL_LENGTH = 2048
 SETTINGS = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", str(MODEL_LENGTH)),
-    *os.environ.get("KVPRISM_VLLM_SETTINGS", "").split(),
 ]
 
 

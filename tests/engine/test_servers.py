@@ -34,8 +34,6 @@ NEEDLES = int(os.environ.get("KVPRISM_VLLM_NEEDLES", "22"))
 NEW = 24
 TIMEOUT_S = 8.0
 BUDGETS = ("0.30", "0.52")
-# A worker of its own is what a deployment has; the lossy servers start faster without.
-ONE_PROCESS = ["--distributed-executor-backend", "uni"]
 CHUNKS = ["--max-num-batched-tokens", "256"]
 
 
@@ -69,8 +67,7 @@ class Cluster:
                 "budget": budget,
                 "send": ("request", "chunk")[number],
             }
-            settings = [*ONE_PROCESS, *CHUNKS]
-            started = self._start(f"prefill-{budget}", "kv_producer", extra, settings=settings)
+            started = self._start(f"prefill-{budget}", "kv_producer", extra, settings=CHUNKS)
             self._lossy[budget] = started
             started.wait()
         return self._lossy[budget]
@@ -115,6 +112,10 @@ def test_the_recorded_interface_is_the_real_one() -> None:
         "from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1 as real\n"
         "found = [fake_vllm.signatures(c) for c in (real, fake_vllm.KVConnectorBase_V1)]\n"
         "found += [sorted(c.__abstractmethods__) for c in (real, fake_vllm.KVConnectorBase_V1)]\n"
+        "from vllm.v1.request import Request\n"
+        "from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput\n"
+        "Request.update_block_hashes, KVConnectorBlockState.get_block_ids\n"
+        "assert 'kv_connector_block_state' in SchedulerOutput.__dataclass_fields__\n"
         "print(json.dumps(found))"
     )
     folder = str(ROOT / "tests" / "integrations")
@@ -225,6 +226,16 @@ def test_a_damaged_segment_is_sent_again(
     assert damaged.is_set() and got == alone[longest]
 
 
+def test_a_prompt_that_both_sides_know_in_part(
+    cluster: Cluster, prompts: list[list[int]], alone: list[list[int]]
+) -> None:
+    """With one salt both prefix caches are used: a part is copied, and a part is loaded."""
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ids, both = prompts[longest], (cluster.prefill, cluster.decode)
+    transferred(*both, ids[: len(ids) // 2], 1, cache_salt="r")
+    assert transferred(*both, ids, NEW, cache_salt="r")[0] == alone[longest]
+
+
 @contextmanager
 def interrupted(cluster: Cluster, ids: list[int], salt: str) -> Iterator[Future[list[int]]]:
     """A decode request whose cache is half on its way while the body runs."""
@@ -294,7 +305,7 @@ def test_sliding_windows_are_refused_at_the_start(cluster: Cluster, tmp_path: Pa
     shutil.copytree(tiny.find("tiny-mistral"), model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
-    server = Server(model, log, "kv_consumer", extra, settings=ONE_PROCESS)
+    server = Server(model, log, "kv_consumer", extra)
     try:
         with pytest.raises(Failed):
             server.wait()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -251,8 +250,8 @@ def _check_version(config: ConnectorConfig) -> None:
     release = vllm.__version__.partition("+")[0]
     if release not in TRIED_VLLM and not config.settings.allow_untried_vllm:
         raise Unsupported(
-            f"vLLM {vllm.__version__}: kvprism {version('kvprism')} was run with "
-            f"{', '.join(TRIED_VLLM)}; set allow_untried_vllm to try it all the same"
+            f"vLLM {vllm.__version__}: this kvprism was run with {', '.join(TRIED_VLLM)}; set "
+            "allow_untried_vllm to try it all the same"
         )
 
 
