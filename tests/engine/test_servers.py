@@ -282,7 +282,7 @@ def test_the_prefill_server_is_killed_in_the_middle(
 def test_the_decode_server_is_killed_in_the_middle(
     cluster: Cluster, prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
-    """The client sees an error, prefill lives; back with policy `fail`, a lost cache is one too."""
+    """The client sees an error, prefill lives; with policy `fail` a lost cache is one too."""
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     ids, want = prompts[longest], alone[longest]
     with interrupted(cluster, ids, "l") as asked:
@@ -293,8 +293,9 @@ def test_the_decode_server_is_killed_in_the_middle(
     cluster.decode = cluster.start_decode(policy="fail").wait()
     got, params = transferred(cluster.prefill, cluster.decode, ids, NEW, cache_salt="m")
     assert got == want
+    lost = params | {"remote_request_id": "00" * 16}
     with pytest.raises(Failed, match="HTTP 500"):
-        cluster.decode.tokens(ids, NEW, params, cache_salt="n")
+        cluster.decode.tokens(ids, NEW, lost, cache_salt="n")
     assert cluster.decode.alive()
     assert cluster.decode.tokens(ids, NEW, cache_salt="o") == want
 

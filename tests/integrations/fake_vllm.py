@@ -223,6 +223,7 @@ def request(rid: str, ids: list[int], params: dict[str, Any] | None = None) -> A
         prompt_embeds=None,
         mm_features=[],
         block_hashes=[],
+        abort_immediately=False,
     )
     made.update_block_hashes = lambda: made.block_hashes.append((made.cache_salt, tuple(ids)))
     made.update_block_hashes()

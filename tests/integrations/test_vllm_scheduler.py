@@ -203,6 +203,16 @@ def test_an_aborted_prefill_gives_no_parameters(halves: Any) -> None:
     assert not prefill.sends("p")
 
 
+def test_the_notice_of_an_answered_request_is_not_a_request(halves: Any) -> None:
+    """After an error vLLM sends one, with the same parameters and one token, to be aborted."""
+    prefill, decode = halves
+    notice = request("d", [0], prefilled(prefill, IDS))
+    notice.abort_immediately = True
+    decode.on_new_request(notice)
+    assert decode.finished(notice) is None
+    assert decode.counts.take() == {}
+
+
 def test_requests_without_a_transfer_are_left_alone(halves: Any) -> None:
     for side in halves:
         asked = request("n", IDS)

@@ -60,6 +60,7 @@ class EngineRequest(Protocol):
     prompt_embeds: Any
     mm_features: list[Any]
     block_hashes: list[Any]
+    abort_immediately: bool
 
     def update_block_hashes(self) -> None: ...
 
@@ -96,6 +97,8 @@ class SchedulerHalf:
     def on_new_request(self, request: EngineRequest) -> None:
         """Note what a request asks for; wrong parameters are counted and the prompt is computed."""
         params = request.kv_transfer_params or {}
+        if request.abort_immediately:  # vLLM's notice that a request with these was answered
+            return
         if params.get("do_remote_decode") and self._producer:
             self._start_outgoing(request, params)
         elif params.get("do_remote_prefill") and self._consumer:
