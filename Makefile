@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 # vLLM pins its own torch; about 3.5 GB.
-VLLM ?= .venv-vllm
+VLLM_VENV ?= .venv-vllm
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -31,17 +31,17 @@ test: $(STAMP)
 check: $(STAMP)
 	scripts/check
 
-test-vllm: $(STAMP) $(VLLM)/set-up
-	KVPRISM_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/engine
+test-vllm: $(STAMP) $(VLLM_VENV)/set-up
+	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/engine
 
-demo-vllm: $(STAMP) $(VLLM)/set-up
-	KVPRISM_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python scripts/demo-vllm
+demo-vllm: $(STAMP) $(VLLM_VENV)/set-up
+	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python scripts/demo-vllm
 
-$(VLLM)/set-up: scripts/set-up-vllm pyproject.toml $(KERNELS)
-	PYTHON=$(PYTHON) scripts/set-up-vllm $(VLLM)
+$(VLLM_VENV)/set-up: scripts/set-up-vllm pyproject.toml $(KERNELS)
+	PYTHON=$(PYTHON) scripts/set-up-vllm $(VLLM_VENV)
 
 clean:
-	rm -rf .venv $(VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf .venv $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
 	rm -f demo.json report.html
 
 # torch goes first, and its pin is repeated, so that no later requirement can replace it.
