@@ -1,11 +1,16 @@
 # make demo   prefill here, decode there, on the built-in model; writes demo.json and report.html
 # make test   the whole test suite
 # make check  lint, format, types, import rule, sizes
+# make test-vllm  vLLM's CPU build in an environment of its own, real prefill and decode servers
+# make demo-vllm  two servers and a proxy, one prompt, and what it saved
 # Each does all the set-up it needs in .venv; a second run reuses it.
 
 PYTHON ?= python3
 # Pinned, and a variable: name a CPU-only build, another version or a local wheel here.
 TORCH ?= torch==2.13.0
+
+# vLLM pins its own torch; about 3.5 GB.
+VLLM_VENV ?= .venv-vllm
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -13,7 +18,7 @@ STAMP := .venv/set-up
 TINY := $(shell find kvprism-tiny -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
 KERNELS := hatch_build.py scripts/build-codec src/kvprism/codec/cpu.c
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check clean test-vllm demo-vllm
 
 setup: $(STAMP)
 
@@ -26,8 +31,17 @@ test: $(STAMP)
 check: $(STAMP)
 	scripts/check
 
+test-vllm: $(STAMP) $(VLLM_VENV)/set-up
+	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/engine
+
+demo-vllm: $(STAMP) $(VLLM_VENV)/set-up
+	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python scripts/demo-vllm
+
+$(VLLM_VENV)/set-up: scripts/set-up-vllm pyproject.toml $(KERNELS)
+	PYTHON=$(PYTHON) scripts/set-up-vllm $(VLLM_VENV)
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf .venv $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
 	rm -f demo.json report.html
 
 # torch goes first, and its pin is repeated, so that no later requirement can replace it.

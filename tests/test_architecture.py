@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,8 +106,10 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
 def test_examples_in_docstrings_are_true(path: Path) -> None:
     if path.name == "__main__.py":
         pytest.skip("importing it runs the command line")
-    if path.name == "gpu.py":
-        pytest.importorskip("triton", reason="triton is not installed (extra gpu)")
+    imported = {name.split(".")[0] for name in imports_of(ast.parse(path.read_text()))}
+    for extra in ("triton", "vllm"):
+        if extra in imported and find_spec(extra) is None:
+            pytest.skip(f"it imports {extra}, which is not installed here")
     module = importlib.import_module(module_name(path))
     assert doctest.testmod(module).failed == 0
 
@@ -155,11 +158,11 @@ def test_the_house_picture_shows_every_module() -> None:
 
 def house_picture(path: Path) -> Iterator[str]:
     """Paths below `src/kvprism/` in the document's first code block; indentation is the folder."""
-    folder = ""
+    folders: list[str] = []
     picture = path.read_text().split("```")[1]
     for indent, name in re.findall(r"^( +)([\w.]+(?:\.py|/))", picture, re.MULTILINE):
-        folder = folder if len(indent) > 2 else ""
+        del folders[len(indent) // 2 - 1 :]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            yield folder + name
+            yield "".join(folders) + name
