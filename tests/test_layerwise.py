@@ -65,3 +65,8 @@ def test_what_cannot_be_planned_is_refused_as_early_as_it_is_known() -> None:
     dropping = LayerPlanner(kv.shape(), "pdtrim", "0.5", capability=Capability(drop="none"))
     with pytest.raises(Unsupported, match="drop=none"):
         dropping.plan(views(kv)[0])
+
+
+@pytest.mark.parametrize("policy", ["spectrum", "snapkv", "polykv", "spectrum-adaptive"])
+def test_policies_that_need_the_whole_prompt_do_not_leave_early(policy: str) -> None:
+    assert not leaves_early(policy)

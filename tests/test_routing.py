@@ -162,7 +162,7 @@ def test_a_capture_is_asked_for_the_union_of_what_the_layers_need() -> None:
     both = profile_of("0-1: h2o@80, 2-3: expected-attention@80")
     assert signals_of(["polykv"], both) == {"mass", "future_queries"}
     assert signals_of(["polykv-best"], both) == frozenset()
-    assert signals_of(["polykv"]) == {"mass", "future_queries"}
+    assert signals_of(["polykv"]) == {"mass", "future_queries", "output_norms"}
     bare = [replace(view, mass=None) for view in prompt_view()]
     with pytest.raises(MissingSignal, match="layer 3: h2o"):
         plan(bare, "polykv", "80tok", profile=profile_of(LINE))

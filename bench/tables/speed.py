@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from bench.tables.cells import RESULTS, Row, table, versions
+from bench.tables.cells import ROOT, Row, table, versions
+
+SPEED = ROOT / "bench" / "speed"
 
 # Of one thread on a cache of this many bytes or more, against a copy of the same bytes.
 CODEC_GATES = {("encode", 4): 0.8, ("encode", 8): 0.6, ("decode", 4): 0.8, ("decode", 8): 0.8}
@@ -13,7 +15,7 @@ GATED_NBYTES = 2**28
 
 
 def result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    found: dict[str, Any] = json.loads((SPEED / f"{name}.json").read_text())
     return found
 
 

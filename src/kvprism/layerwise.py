@@ -32,7 +32,7 @@ from kvprism.tensors import LayerView
 def leaves_early(policy: str) -> bool:
     """Whether a layer's plan needs no other layer; `UnknownName` for no policy."""
     row = POLICIES[policy]
-    if row.eviction is not None or row.remedy == "adaptive":
+    if row.eviction is not None or row.routed or row.remedy == "adaptive":
         return False
     by_place = row.family is EVICT and row.order != "importance"
     return row.tempo == "per_layer" or not row.budgeted or by_place
