@@ -11,8 +11,10 @@ from bench.tables.cells import ROOT
 SECTIONS = {
     "docs/codec.md": {"codec": speed.codec},
     "README.md": {"summary": quality.summary},
-    "kvprism-tiny/README.md": {"gates": lambda: models.gates("tiny")},
-    "models/tiny-deep-candidate/README.md": {"gates": lambda: models.gates("tiny-deep")},
+    "kvprism-tiny/README.md": {
+        "gates": lambda: models.gates("tiny"),
+        "gates-deep": lambda: models.gates("tiny-deep"),
+    },
     "docs/speed.md": {
         "ttft-machine": lambda: speed.measured_on("ttft"),
         "ttft": speed.ttft,
