@@ -34,6 +34,7 @@ SECTIONS = {
     "docs/evidence.md": {
         "provenance": quality.provenance,
         "perplexity": quality.perplexity,
+        "deep": quality.deep,
         "needle": lambda: quality.needle(("needle-1024", "needle-2048")),
         "kl": lambda: quality.comparisons("perplexity-compare", "kl_mean", 1e3),
         "equivalence": lambda: quality.comparisons("needle-equal-compare", "exact_match", 100),

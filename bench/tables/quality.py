@@ -47,14 +47,22 @@ def summary() -> list[str]:
 
 
 def perplexity() -> list[str]:
-    heads = ["policy", "budget", "of 16-bit", "KL to raw ×10⁻³", "KL p99 ×10⁻³", "flips / 1000"]
     remedies = arms([row for row in rows("perplexity-conditioned") if row["policy"] != "raw"])
+    return continuations([*arms(rows("perplexity", "perplexity-published")), *remedies])
+
+
+def deep() -> list[str]:
+    return [*provenance("deep-perplexity"), "", *continuations(arms(rows("deep-perplexity")))]
+
+
+def continuations(found: list[Arm]) -> list[str]:
+    heads = ["policy", "budget", "of 16-bit", "KL to raw ×10⁻³", "KL p99 ×10⁻³", "flips / 1000"]
     lines = (
         f"{label(arm['kl_mean'])} {value(arm['kl_mean'], 1e3, '{:.3f}')} "
         f"| {value(arm['kl_p99'], 1e3, '{:.2f}')} "
         f"| {value(arm['top1_flips_per_1000'], 1, '{:.1f}')} "
         f"| {change(arm['perplexity'], '{:+.2f}')} |"
-        for arm in [*arms(rows("perplexity", "perplexity-published")), *remedies]
+        for arm in found
     )
     return table([*heads, "perplexity change, %"], lines)
 
