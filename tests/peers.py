@@ -58,6 +58,17 @@ def still_works(receiver: Receiver) -> None:
     assert same_cache(received.kv, decode(encode(kv, chosen)))
 
 
+def pump(source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]) -> None:
+    """Carry what comes from one side to the other, until either ends."""
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(change(data))
+    for sock in (source, sink):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the pump of the other direction
+        sock.close()  # resets a peer that is still sending
+
+
 class Tap:
     """A link on loopback: records what the sender says, and lets a test change it."""
 
@@ -94,27 +105,16 @@ class Tap:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(self._target)
                 self._sockets += [near, far]
-                for pump in (
-                    threading.Thread(target=self._pump, args=(near, far, self._record)),
-                    threading.Thread(target=self._pump, args=(far, near, lambda data: data)),
+                for each in (
+                    threading.Thread(target=pump, args=(near, far, self._record)),
+                    threading.Thread(target=pump, args=(far, near, lambda data: data)),
                 ):
-                    self._threads.append(pump)
-                    pump.start()
+                    self._threads.append(each)
+                    each.start()
 
     def _record(self, data: bytes) -> bytes:
         self.recorded += data
         return self._change(data)
-
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]
-    ) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(change(data))
-        for sock in (source, sink):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes the pump of the other direction
-            sock.close()  # resets a peer that is still sending
 
 
 @contextmanager

@@ -149,28 +149,34 @@ def eviction_problem(
         Unsupported: heads choose for themselves and components have other numbers of them.
     """
     row = EVICTIONS[policy]
-    scores = [layer.once(("eviction", row.scorer), partial(row.scorer, layer)) for layer in view]
-    known: Sequence[torch.Tensor | None] = scores or [None] * len(shape.layers)
     views: Sequence[LayerView | None] = view or [None] * len(shape.layers)
     layers = [
-        layer_problem(row, layer, score, capability, seen)
-        for layer, score, seen in zip(shape.layers, known, views, strict=True)
+        layer_problem(row, layer, capability, seen)
+        for layer, seen in zip(shape.layers, views, strict=True)
     ]
+    scores = [score_of(row, layer) for layer in view]
     granted = grants(layers, row.layers(len(layers), view, scores))
     return EvictionProblem(policy, layers, granted, menu, cut)
+
+
+def score_of(row: Eviction, view: LayerView) -> torch.Tensor:
+    """What the row's scorer gives of a layer, found once; `MissingSignal` as the scorer."""
+    return view.once(("eviction", row.scorer), partial(row.scorer, view))
 
 
 def layer_problem(
     row: Eviction,
     layer: LayerShape,
-    score: torch.Tensor | None,
     capability: Capability,
     view: LayerView | None,
+    score: torch.Tensor | None = None,
 ) -> LayerProblem:
-    """One layer as a row sees it; score: what its scorer gave of the view; a dry run has neither.
+    """One layer as a row sees it; score: in place of what its scorer gives of the view.
 
-    A merging row's plan keeps the view, for the rewrite.
+    Without either it is a dry run. A merging row's plan keeps the view, for the rewrite.
     """
+    if score is None and view is not None:
+        score = score_of(row, view)
     if score is None:
         array: NDArray[np.floating] = np.tile(np.arange(float(layer.n_tokens)), (_heads(layer), 1))
     else:

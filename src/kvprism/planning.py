@@ -193,7 +193,7 @@ def smallest_nbytes(
             for route in routes_of(shape, policy, profile)
         )
     problems = _dry_problems(shape, policy, options, profile)
-    if POLICIES[policy].tempo == "per_layer":
+    if row.tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
 

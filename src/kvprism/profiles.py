@@ -188,7 +188,7 @@ class Profile:
             }
         )
         if self.routes:
-            body[ROUTES] = [msgspec.to_builtins(_StoredRoute.of(route)) for route in self.routes]
+            body[ROUTES] = [msgspec.to_builtins(StoredRoute.of(route)) for route in self.routes]
         return body
 
 
@@ -252,7 +252,7 @@ class _StoredConditioning(msgspec.Struct, forbid_unknown_fields=True):
         return torch.from_numpy(array).view(shape)
 
 
-class _StoredRoute(msgspec.Struct, forbid_unknown_fields=True):
+class StoredRoute(msgspec.Struct, forbid_unknown_fields=True):
     """One `Route`; prefill: its layers as a line, such as `0-3: full, 4-10: snapkv@640`."""
 
     policy: str
@@ -261,7 +261,7 @@ class _StoredRoute(msgspec.Struct, forbid_unknown_fields=True):
     note: str
 
     @classmethod
-    def of(cls, route: Route) -> "_StoredRoute":
+    def of(cls, route: Route) -> "StoredRoute":
         return cls(route.policy, route.tokens, str(route), route.note)
 
     def route(self) -> Route:
@@ -280,7 +280,7 @@ class _Stored(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     probe: ProbeRecord | None
     hashes: dict[str, str]
     hash: str
-    routes: tuple[_StoredRoute, ...] = ()
+    routes: tuple[StoredRoute, ...] = ()
 
     def profile(self) -> Profile:
         layers = self.conditioning

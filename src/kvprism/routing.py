@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
-import torch
 
 from kvprism.core import Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch
@@ -119,16 +118,12 @@ def routed_layer(
     shape: LayerShape,
     view: LayerView | None,
     capability: Capability,
-    score: torch.Tensor | None = None,
 ) -> LayerProblem:
-    """One layer of a route; score: what the policy's scorer gives, if that is known already."""
+    """One layer of a route; without a view it is a dry run."""
     if its.policy == FULL:
         nothing = np.zeros((1, shape.n_tokens), np.float32)
         return LayerProblem(shape, nothing, np.ones(shape.n_tokens, np.bool_), "shared")
-    row = EVICTIONS[its.policy]
-    if score is None and view is not None:
-        score = row.scorer(view)
-    return layer_problem(row, shape, score, capability, view)
+    return layer_problem(EVICTIONS[its.policy], shape, capability, view)
 
 
 def units_of(layer: LayerProblem, its: LayerRoute) -> int:

@@ -3,7 +3,8 @@
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+
+from peers import pump
 
 
 class Link:
@@ -42,11 +43,11 @@ class Link:
             except OSError:
                 near.close()
                 continue
-            for pump in (
-                threading.Thread(target=self._pump, args=(near, far, self._sent), daemon=True),
-                threading.Thread(target=self._pump, args=(far, near, lambda x: x), daemon=True),
+            for each in (
+                threading.Thread(target=pump, args=(near, far, self._sent), daemon=True),
+                threading.Thread(target=pump, args=(far, near, lambda x: x), daemon=True),
             ):
-                pump.start()
+                each.start()
 
     def _sent(self, data: bytes) -> bytes:
         if not self._open.is_set():
@@ -55,14 +56,3 @@ class Link:
                 self.held.set()
                 self._open.wait()
         return self.change(data)
-
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]
-    ) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(change(data))
-        for sock in (source, sink):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()

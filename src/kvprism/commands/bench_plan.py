@@ -65,7 +65,7 @@ class Case:
     def _evicted(self, drawn: np.random.Generator, shape: KVShape, budget: Budget) -> Plan:
         row = EVICTIONS[self.policy]
         layers = [
-            layer_problem(row, layer, torch.from_numpy(drawn.random(of)), HOLDS, view=None)
+            layer_problem(row, layer, HOLDS, None, torch.from_numpy(drawn.random(of)))
             for layer in shape.layers
             for of in [(layer.components[0].heads, layer.n_tokens)]
         ]

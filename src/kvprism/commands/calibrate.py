@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 
 from kvprism.commands import console
+from kvprism.commands.options import names
 from kvprism.errors import BadInput, UnknownName
 from kvprism.evaluate.layers import CalibrationSet, LayerLosses, Ledger
 from kvprism.evaluate.measure import LoadedModel
@@ -16,7 +17,7 @@ from kvprism.evaluate.route_search import BudgetReport, Preference, RouteSearch,
 from kvprism.evaluate.tasks import KINDS
 from kvprism.evaluate.texts import read_text
 from kvprism.evictions import EVICTIONS
-from kvprism.profiles import Profile
+from kvprism.profiles import Profile, StoredRoute
 from kvprism.routes import Route
 
 SHOWN = 12
@@ -50,17 +51,17 @@ class Settings:
         assert self.tokens and self.variant
         for name in self.kinds:
             KINDS[name]
-        for name in (*_names(self.paper), *_names(self.policies), *self.whole):
+        for name in (*names(self.paper), *names(self.policies), *self.whole):
             EVICTIONS[name]
 
     @property
     def kinds(self) -> list[str]:
-        return list(KINDS) if self.tasks is None else _names(self.tasks)
+        return list(KINDS) if self.tasks is None else names(self.tasks)
 
     @property
     def whole(self) -> list[str]:
         """The whole policies of which the best is named."""
-        return list(EVICTIONS) if self.singles is None else _names(self.singles)
+        return list(EVICTIONS) if self.singles is None else names(self.singles)
 
     @property
     def tokens(self) -> list[int]:
@@ -96,7 +97,7 @@ class Calibrated(NamedTuple):
         return {
             "kind": "calibrate",
             "profile": self.profile.hash.hex(),
-            "routes": [_plain(route) for route in self.routes],
+            "routes": [msgspec.to_builtins(StoredRoute.of(route)) for route in self.routes],
             "budgets": msgspec.to_builtins(self.reports),
         }
 
@@ -135,7 +136,7 @@ def run_calibrate(
 
 def search_of(calibration: CalibrationSet, ledger: Ledger, settings: Settings) -> RouteSearch:
     """The search that the settings ask for, with progress on stderr."""
-    paper, policies = _names(settings.paper), _names(settings.policies)
+    paper, policies = names(settings.paper), names(settings.policies)
     wanted = dict.fromkeys((*paper, *policies, *settings.whole))
     return RouteSearch(
         LayerLosses(calibration, ledger, list(wanted)),
@@ -178,16 +179,3 @@ def show_calibrated(result: Calibrated) -> None:
         ]
         console.table(title, ["tried", "making half", "choosing half"], rows)
         console.say(f"best single policy on both halves: {report.single}")
-
-
-def _plain(route: Route) -> dict[str, Any]:
-    return {
-        "policy": route.policy,
-        "tokens": route.tokens,
-        "prefill": str(route),
-        "note": route.note,
-    }
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

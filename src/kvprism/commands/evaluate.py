@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvprism.commands import console
-from kvprism.commands.options import EvaluationOptions
+from kvprism.commands.options import EvaluationOptions, names
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, Arm, SavedProfile, arms_of
 from kvprism.evaluate.longbench import LongBench
@@ -74,10 +74,8 @@ def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
     """
     options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
     saved = None if given.profile is None else SavedProfile.named(given.profile)
-    names = [name.strip() for name in given.policy.split(",") if name.strip()]
-    wanted = [budget for budget in given.budget.split(",") if budget.strip()]
     decode = decode_phases(given.decode_policy, given.decode_budget)
-    return arms_of(names, wanted, options, saved, decode)
+    return arms_of(names(given.policy), names(given.budget), options, saved, decode)
 
 
 def decode_phases(policies: str | None, budget: str | None) -> list[Retention]:

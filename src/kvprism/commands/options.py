@@ -118,6 +118,16 @@ class EvaluationOptions:
     json: Json = None
 
 
+def names(text: str) -> list[str]:
+    """Names between commas; what is empty is none.
+
+    Example:
+        >>> names("int4, spectrum,")
+        ['int4', 'spectrum']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def numbers(text: str, what: str) -> list[int]:
     """Whole numbers between commas.
 

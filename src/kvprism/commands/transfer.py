@@ -158,7 +158,7 @@ def prefill_here(
         result |= worker.plan(policy, budget, options, sender.capability)
         result |= worker.send_over(sender)
     settings = {"policy": policy, "budget": budget, "profile": _hash(shared), **options, "to": to}
-    settings |= {"decode_policy": decode_policy}
+    settings["decode_policy"] = decode_policy
     return _described("prefill", model, file, ids, settings, result)
 
 
@@ -195,8 +195,7 @@ def decode_here(
         pass  # a port that is taken is found before the model is loaded
     ids = read_prompt(model, file, tokens, new_tokens)
     at: dict[str, Any] = {"host": host, "port": port, "allow_remote": allow_remote}
-    at |= {"decode": retention}
-    with DecodeWorker(model, token, profile=shared, **at) as worker:
+    with DecodeWorker(model, token, profile=shared, decode=retention, **at) as worker:
         address = format_address(*worker.address())
         console.say(f"listening on {address}")
         say("waiting for a cache")

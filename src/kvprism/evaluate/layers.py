@@ -24,7 +24,6 @@ from kvprism.evaluate.records import Header, header_of, require_same
 from kvprism.evaluate.rows import provenance, replace_file
 from kvprism.evaluate.ruler import DEPTHS, Ruler, RulerId
 from kvprism.evaluate.tasks import KINDS
-from kvprism.evictions import EVICTIONS
 from kvprism.integrations.hf import capture, restore
 from kvprism.layer_signals import attention_entropy, cosine
 from kvprism.planning import plan
@@ -223,7 +222,6 @@ class _Captured:
     kv: RequestKV
     view: tuple[LayerView, ...]
     full: _Scored | None = None
-    _scores: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     _evicted: dict[tuple[int, LayerRoute], LayerKV] = field(default_factory=dict)
 
     @property
@@ -239,12 +237,8 @@ class _Captured:
         return self._evicted.get((number, its)) or self._evict(number, its)
 
     def _evict(self, number: int, its: LayerRoute) -> LayerKV:
-        if (number, its.policy) not in self._scores:
-            scorer = EVICTIONS[its.policy].scorer
-            self._scores[number, its.policy] = scorer(self.view[number])
         layer = self.kv.layers[number]
-        score = self._scores[number, its.policy]
-        problem = routed_layer(its, layer.shape(), self.view[number], HOLDS, score)
+        problem = routed_layer(its, layer.shape(), self.view[number], HOLDS)
         kept = Plan((problem.plan(units_of(problem, its)),), MENU, policy=its.policy)
         return sent(RequestKV((layer,), self.kv.next_position), kept, None).layers[0]
 

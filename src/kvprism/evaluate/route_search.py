@@ -262,17 +262,26 @@ class RouteSearch:
         aggregate: `mean` or `worst` over groups.
         """
         found = []
-        for layer in range(self.losses.n_layers):
-            curve = {}
-            for policy, tokens in product(self.policies, self.grid):
-                treatment = self.losses.alone(layer, LayerRoute(policy, tokens))
-                groups = list(self.groups(self.making, treatment).values())
-                curve[policy, tokens] = (
-                    max(groups) if aggregate == "worst" else sum(groups) / len(groups)
-                )
+        for of_layer in self._groups_alone:
+            curve = {
+                point: max(groups) if aggregate == "worst" else sum(groups) / len(groups)
+                for point, groups in of_layer.items()
+            }
             curve[hull(curve)[-1].policy, self.losses.calibration.context] = 0.0
             found.append(curve)
         return found
+
+    @cached_property
+    def _groups_alone(self) -> list[dict[tuple[str, int], list[float]]]:
+        """Every group's loss with one layer evicted, the same for all budgets; after `measure`."""
+        return [
+            {
+                (policy, tokens): list(self.groups(self.making, treatment).values())
+                for policy, tokens in product(self.policies, self.grid)
+                for treatment in [self.losses.alone(layer, LayerRoute(policy, tokens))]
+            }
+            for layer in range(self.losses.n_layers)
+        ]
 
     def _arrangements(self, tokens: int) -> Iterator[tuple[str, Arrangement]]:
         n = self.losses.n_layers

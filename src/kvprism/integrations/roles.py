@@ -274,7 +274,10 @@ class PrefillWorker(_Role):
     ) -> tuple[dict[str, float], Sent]:
         times = [time.perf_counter()]
         kv, view = hf.capture(
-            self._model, prompt, cache_dtype=self._cache_dtype, signals=signals_of([policy])
+            self._model,
+            prompt,
+            cache_dtype=self._cache_dtype,
+            signals=signals_of([policy], self._profile),
         )
         times.append(time.perf_counter())
         capability, computed = sender.capability, time.thread_time()

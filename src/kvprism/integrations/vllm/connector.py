@@ -25,10 +25,9 @@ from kvprism.integrations.vllm.layouts import PagedCache, layer_number, layout_o
 from kvprism.integrations.vllm.metrics import KVPrismMetrics, KVPrismStats
 from kvprism.integrations.vllm.producer import Producer
 from kvprism.integrations.vllm.scheduler import Load, Save, SchedulerHalf
+from kvprism.tensors import DTYPE_NAMES
 
 logger = init_logger("vllm.kvprism")
-
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass
@@ -243,7 +242,7 @@ def _scheduled(output: Any, half: SchedulerHalf) -> Iterator[tuple[str, int, lis
 
 def _shape(vllm_config: Any) -> KVShape:
     model = vllm_config.model_config
-    return shape_of(model.hf_config, model.max_model_len, DTYPES[model.dtype])
+    return shape_of(model.hf_config, model.max_model_len, DTYPE_NAMES[model.dtype])
 
 
 def _check_version(config: ConnectorConfig) -> None:
@@ -273,7 +272,7 @@ def _check_engine(vllm_config: Any, kv_cache_config: Any) -> None:
             "attention is"
         )
     stored = vllm_config.cache_config.cache_dtype
-    if stored not in ("auto", *DTYPES.values()) or model.dtype not in DTYPES:
+    if stored not in ("auto", *DTYPE_NAMES.values()) or model.dtype not in DTYPE_NAMES:
         raise Unsupported(f"a cache of {stored} in a model of {model.dtype} is not built")
     if vllm_config.speculative_config is not None:
         raise Unsupported("speculative decoding beside a kvprism transfer is not built")
