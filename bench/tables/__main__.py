@@ -5,7 +5,7 @@ With `--check` it writes nothing and fails when a page does not show what was me
 
 import sys
 
-from bench.tables import models, quality, routes, speed
+from bench.tables import models, quality, routes, speed, zoo
 from bench.tables.cells import ROOT
 
 SECTIONS = {
@@ -31,10 +31,14 @@ SECTIONS = {
         "routes-compare-128": lambda: routes.route_comparisons("ruler-routes-128-compare"),
         "routes-provenance": lambda: quality.provenance("ruler-routes"),
     },
+    "docs/zoo.md": {"probes": zoo.probes, "remedies": zoo.remedies},
+    "docs/zoo-evidence.md": {"models": zoo.models},
     "docs/evidence.md": {
         "provenance": quality.provenance,
         "perplexity": quality.perplexity,
         "deep": quality.deep,
+        "ruler": lambda: quality.suite("ruler"),
+        "ruler-deep": lambda: quality.suite("deep-ruler"),
         "needle": lambda: quality.needle(("needle-1024", "needle-2048")),
         "kl": lambda: quality.comparisons("perplexity-compare", "kl_mean", 1e3),
         "equivalence": lambda: quality.comparisons("needle-equal-compare", "exact_match", 100),

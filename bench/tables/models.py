@@ -35,7 +35,9 @@ def gates(model: str) -> list[str]:
         f"| {' | '.join([same[0]['name'], str(same[0]['n']), gate(same[0]), *map(cell, same)])} |"
         for same in zip(*(report["figures"] for report in reports), strict=True)
     )
-    found = reports[0]
-    made_by = f"`{found['commit'][:12]}` on {found['date']}: {versions(found)}"
-    measured = f"Measured at commit {made_by}."
-    return [*table(heads, lines), "", measured]
+    measured = (
+        f"Seed {report['seed']} measured at commit `{report['commit'][:12]}` on {report['date']}: "
+        f"{versions(report)}."
+        for report in reports
+    )
+    return [*table(heads, lines), "", "  \n".join(measured)]

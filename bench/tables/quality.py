@@ -119,6 +119,10 @@ def ruler(name: str) -> list[str]:
     return table(heads, lines())
 
 
+def suite(name: str) -> list[str]:
+    return [*provenance(name), "", *ruler(name)]
+
+
 def provenance(name: str = "perplexity") -> list[str]:
     row = rows(name)[0]
     return [f"Commit `{row['commit'][:12]}`, {versions(row)}."]

@@ -140,6 +140,7 @@ def test_the_commit_is_that_of_the_checkout_and_says_when_files_differ(tmp_path:
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "-m", "all")
     head = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "results.json").write_text("[]")
     assert commit_seen_from(tmp_path / "src") == head
     (tmp_path / "src" / "kvprism" / "core.py").write_text("")
     assert commit_seen_from(tmp_path / "src") == f"{head}-dirty"

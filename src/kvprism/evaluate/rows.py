@@ -97,13 +97,15 @@ def _version(distribution: str) -> str:
 
 
 def _commit() -> str:
-    """The commit, with `-dirty` when files differ from it."""
+    """The commit, with `-dirty` when the code or the built-in models differ from it."""
     package = Path(__file__).parents[1]
     top, commit = _git(package, "rev-parse", "--show-toplevel"), _git(package, "rev-parse", "HEAD")
     # Installed below some other project's repository, that project's commit would say nothing.
     if top is None or commit is None or package != Path(top) / "src" / "kvprism":
         return UNKNOWN
-    return f"{commit}-dirty" if _git(package, "status", "--porcelain") else commit
+    # A run that leaves its results beside the code is the same code.
+    code = [str(Path(top) / name) for name in ("src", "kvprism-tiny")]
+    return f"{commit}-dirty" if _git(package, "status", "--porcelain", "--", *code) else commit
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

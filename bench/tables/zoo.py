@@ -1,0 +1,129 @@
+"""The tables of docs/zoo.md and docs/zoo-evidence.md: what was measured on each model so far."""
+
+import json
+from collections.abc import Iterator
+
+from bench.tables.cells import (
+    ROOT,
+    Arm,
+    Row,
+    arms,
+    change,
+    exact,
+    label,
+    rows,
+    table,
+    value,
+    versions,
+)
+
+ZOO = ROOT / "bench" / "zoo"
+# As in docs/zoo.md; a seed of `mixed` follows its name.
+ORDER = (
+    "tiny",
+    "tiny-mistral",
+    "tiny-qwen2",
+    "tiny-qwen2-fragile",
+    "tiny-qwen2-bias",
+    "tiny-qwen2-bias-300",
+    "tiny-qwen2-spiky",
+)
+
+
+def measured(suffix: str) -> list[str]:
+    """Models of which there is such a file, those of docs/zoo.md first."""
+    found = {path.name.removesuffix(suffix) for path in ZOO.glob(f"*{suffix}")}
+    return [name for name in ORDER if name in found] + sorted(found - set(ORDER))
+
+
+def probes() -> list[str]:
+    heads = ["model", "16 bits", "published probe", "INT4 tiers, exact 0.30", "conditioned"]
+    heads += ["outliers in layers", "recommended"]
+
+    def share(trials: Row | None) -> str:
+        return "" if trials is None else f"{trials['successes']}/{trials['trials']}"
+
+    def line(model: str) -> str:
+        probe = json.loads((ZOO / f"{model}.probe.json").read_text())
+        shares = [share(probe.get(arm)) for arm in ("raw", "published", "ours", "conditioned")]
+        layers = ", ".join(map(str, probe["outlier_layers"])) or "none"
+        return f"| `{model}` | {' | '.join(shares)} | {layers} | {probe['recommended']} |"
+
+    return table(heads, map(line, measured(".probe.json")))
+
+
+def models() -> list[str]:
+    """Every arm of every model that was measured to its end."""
+    return [text for model in measured("-drop-perplexity.json") for text in every_arm(model)]
+
+
+def every_arm(model: str) -> list[str]:
+    texts = _arms(model, "perplexity")
+    needles = _arms(model, "needle")
+    cells = sorted({arm["exact_match"]["distractors"] for arm in needles})
+    heads = ["policy", "budget", "of 16-bit", "KL to raw ×10⁻³", "perplexity change, %"]
+    heads += [f"needle, {n} distractors" for n in cells]
+
+    def line(text: Arm) -> str:
+        found = [arm["exact_match"] for arm in needles if _key(arm) == _key(text)]
+        exacts = " | ".join(exact(row) for row in sorted(found, key=lambda r: r["distractors"]))
+        kl, perplexity = (
+            value(text["kl_mean"], 1e3, "{:.3f}"),
+            change(text["perplexity"], "{:+.2f}"),
+        )
+        return f"{label(text['kl_mean'])} {kl} | {perplexity} | {exacts} |"
+
+    first, needle = texts[0]["kl_mean"], needles[0]["exact_match"]
+    about = (
+        f"{first['n']} documents of {first['length']} + 512 tokens, {needle['n']} needles a cell "
+        f"in {needle['length']} tokens. Commit `{first['commit'][:12]}`, {versions(first)}."
+    )
+    return [f"### `{model}`", "", about, "", *table(heads, map(line, texts)), ""]
+
+
+def remedies() -> list[str]:
+    """Conditioned keys against raw, INT8, and plain and rotated tiers at the same budget."""
+    heads = ["model", "budget", "against", "KL ×10⁻³ [95 % CI]", "perplexity, % [95 % CI]"]
+    heads += ["needle, points [90 % CI]"]
+
+    def lines() -> Iterator[str]:
+        for model in measured("-compare-perplexity.json"):
+            found = _comparisons(model, "perplexity")
+            needles = _comparisons(model, "needle")
+            for (budget, versus), metrics in found.items():
+                kl = _difference(metrics["kl_mean"], 1e3, "ci")
+                perplexity = _difference(metrics["perplexity"], 100, "ci")
+                exacts = needles[budget, versus]
+                needle = "; ".join(_difference(row, 100, "ci90") for row in exacts.values())
+                yield f"| `{model}` | {budget} | {versus} | {kl} | {perplexity} | {needle} |"
+
+    return table(heads, lines())
+
+
+def _arms(model: str, task: str) -> list[Arm]:
+    """Of both runs of a task; raw, from which both start, once."""
+    tiers, drop = (arms(rows(f"{model}-{run}-{task}", folder=ZOO)) for run in ("tiers", "drop"))
+    return [*tiers, *(arm for arm in drop if _key(arm)[0] != "raw")]
+
+
+def _key(arm: Arm) -> tuple[object, ...]:
+    row = next(iter(arm.values()))
+    return row["policy"], row["budget"], row["codec"]
+
+
+def _comparisons(model: str, task: str) -> dict[tuple[str, str], dict[str, Row]]:
+    """By budget and what is compared with; below that by metric, or by number of distractors."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in json.loads((ZOO / f"{model}-compare-{task}.json").read_text()):
+        if row["delta"] is None or (task == "needle" and row["metric"] != "exact_match"):
+            continue
+        code = "" if row.get("versus_codec", "nested") == "nested" else f", {row['versus_codec']}"
+        against = f"`{row['versus']}`{code}"
+        name = row["metric"] if task == "perplexity" else f"{row['length']}+{row['distractors']}"
+        found.setdefault((row["budget"], against), {})[name] = row
+    return found
+
+
+def _difference(row: Row, scale: float, bounds: str) -> str:
+    low, high = (f"{scale * row[f'{bounds}_{side}']:+.3g}" for side in ("low", "high"))
+    return f"{scale * row['delta']:+.3g} [{low}, {high}]"
