@@ -1,5 +1,6 @@
 """Real vLLM servers on loopback: started, asked, killed. Standard library alone."""
 
+import http.client
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ SETTINGS = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", str(MODEL_LENGTH)),
 ]
+
+GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
 
 class Failed(Exception):
@@ -121,8 +124,11 @@ class Server:
             **({} if params is None else {"kv_transfer_params": params}),
             **more,
         }
-        with self._open("/v1/completions", body) as answer:
-            result: dict[str, Any] = json.load(answer)
+        try:
+            with self._open("/v1/completions", body) as answer:
+                result: dict[str, Any] = json.load(answer)
+        except http.client.HTTPException as error:
+            raise Failed(f"the answer broke off: {error!r}") from error
         return result
 
     def tokens(self, *args: Any, **kwargs: Any) -> list[int]:
@@ -132,9 +138,7 @@ class Server:
     def counts(self) -> dict[str, float]:
         """`name` or `name:label` -> sum, of the connector's counters on /metrics."""
         found: dict[str, float] = {}
-        with self._open("/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        for line in lines:
+        for line in self._metrics():
             if not line.startswith("vllm:kvprism_") or "_total{" not in line:
                 continue
             name, _, rest = line.removeprefix("vllm:kvprism_").partition("_total{")
@@ -146,6 +150,20 @@ class Server:
             ]
             found[":".join([name, *kept])] = float(value)
         return found
+
+    def gauges(self) -> dict[str, float]:
+        """vLLM's own: requests that run or wait, and the share of blocks that are taken."""
+        found = {}
+        for line in self._metrics():
+            name, _, rest = line.partition("{")
+            if name in GAUGES:
+                found[name] = float(rest.rpartition("} ")[2])
+        return found
+
+    def _metrics(self) -> list[str]:
+        with self._open("/metrics") as answer:
+            lines: list[str] = answer.read().decode().splitlines()
+        return lines
 
     def _open(
         self, path: str, body: dict[str, Any] | None = None, timeout_s: float = ANSWER_S
