@@ -24,6 +24,10 @@ SETTINGS = [
     *("--max-model-len", str(MODEL_LENGTH)),
 ]
 
+OURS = {
+    "kv_connector": "KVPrismConnector",
+    "kv_connector_module_path": "kvprism.integrations.vllm",
+}
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 
 
@@ -53,7 +57,8 @@ def environment() -> dict[str, str]:
 class Server:
     """`vllm serve` in a process group of its own; ready when `wait` returns.
 
-    role: of the transfer, None for a server without one; extra: `kv_connector_extra_config`.
+    role: of the transfer, None for a server without one; extra: `kv_connector_extra_config`;
+    connector: keys of another connector than ours; variables: of its environment.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Server:
         policy: str = "recompute",
         settings: list[str] | None = None,
         port: int | None = None,
+        connector: dict[str, Any] | None = None,
+        variables: dict[str, str] | None = None,
     ) -> None:
         self.port, self.log = port or free_port(), log
         command = [os.environ[VARIABLE], "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -73,16 +80,19 @@ class Server:
         command += ["--port", str(self.port), *SETTINGS, *(settings or [])]
         if role is not None:
             transfer = {
-                "kv_connector": "KVPrismConnector",
-                "kv_connector_module_path": "kvprism.integrations.vllm",
+                **(OURS if connector is None else connector),
                 "kv_role": role,
                 "kv_load_failure_policy": policy,
-                "kv_connector_extra_config": extra,
+                "kv_connector_extra_config": extra or {},
             }
             command += ["--kv-transfer-config", json.dumps(transfer)]
         with log.open("a") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, env=environment(), process_group=0
+                command,
+                stdout=out,
+                stderr=out,
+                env=environment() | (variables or {}),
+                process_group=0,
             )
 
     def wait(self) -> "Server":
@@ -138,7 +148,7 @@ class Server:
     def counts(self) -> dict[str, float]:
         """`name` or `name:label` -> sum, of the connector's counters on /metrics."""
         found: dict[str, float] = {}
-        for line in self._metrics():
+        for line in self.metrics():
             if not line.startswith("vllm:kvprism_") or "_total{" not in line:
                 continue
             name, _, rest = line.removeprefix("vllm:kvprism_").partition("_total{")
@@ -154,13 +164,14 @@ class Server:
     def gauges(self) -> dict[str, float]:
         """vLLM's own: requests that run or wait, and the share of blocks that are taken."""
         found = {}
-        for line in self._metrics():
+        for line in self.metrics():
             name, _, rest = line.partition("{")
             if name in GAUGES:
                 found[name] = float(rest.rpartition("} ")[2])
         return found
 
-    def _metrics(self) -> list[str]:
+    def metrics(self) -> list[str]:
+        """The lines of /metrics."""
         with self._open("/metrics") as answer:
             lines: list[str] = answer.read().decode().splitlines()
         return lines
