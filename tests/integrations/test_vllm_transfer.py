@@ -120,6 +120,15 @@ def test_a_prompt_too_short_for_the_budget_is_sent_at_the_smallest_size(tmp_path
         assert counted["budget_misses"] == 1
 
 
+def test_the_part_of_a_later_turn_fits_what_is_here(tmp_path: Path) -> None:
+    """Sent from token 32 on; decode has 64 of its own and takes the last six."""
+    with ends(tmp_path) as both:
+        both.save(32)
+        both.consumer.inbox.expect(Load("d", BINDING, TO, 64, N, first=32))
+        assert both.finished() == set() and both.same(start=64)
+        assert torch.count_nonzero(both.blocks[0][TO[1]]) == 0
+
+
 def test_a_cache_that_never_comes_is_a_failed_load(tmp_path: Path) -> None:
     with ends(tmp_path, {"transfer_timeout_s": 0.1}) as both:
         both.expect(start=SLOTS)

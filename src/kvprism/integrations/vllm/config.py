@@ -35,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     profile: str | None = None
     weights: str = ""
     send: Literal["request", "chunk", "layer"] = "request"
+    only_new: bool = False
     decode_address: str | None = None
     listen: str | None = None
     allowed_peers: tuple[str, ...] = ()
