@@ -15,9 +15,14 @@ CHUNKS = ["--max-num-batched-tokens", "256"]
 
 
 class Cluster:
-    """Decode, raw prefill behind a link, and lossy prefill servers when needed."""
+    """Decode, raw prefill behind a link, and lossy prefill servers when needed.
 
-    def __init__(self, folder: Path) -> None:
+    prefill: further `kv_connector_extra_config` of the former; blocks: how many decode has.
+    """
+
+    def __init__(
+        self, folder: Path, prefill: dict[str, Any] | None = None, blocks: int | None = None
+    ) -> None:
         self.folder, self.model = folder, tiny.find("tiny")
         create_token(folder / "token")
         create_token(folder / "other-token")
@@ -25,8 +30,9 @@ class Cluster:
         self.listen = f"127.0.0.1:{self.port}-{self.port + len(BUDGETS)}"
         self.link = Link(("127.0.0.1", self.port))
         self._lossy: dict[str, Server] = {}
+        self._blocks = [] if blocks is None else ["--num-gpu-blocks-override", str(blocks)]
         self.decode = self.start_decode()
-        self.prefill = self.start_prefill()
+        self.prefill = self.start_prefill(**(prefill or {}))
         for server in self.servers:
             server.wait()
 
@@ -51,7 +57,7 @@ class Cluster:
 
     def start_decode(self, policy: str = "recompute") -> Server:
         extra = {"listen": self.listen, "transfer_timeout_s": TIMEOUT_S}
-        return self._start("decode", "kv_consumer", extra, policy=policy)
+        return self._start("decode", "kv_consumer", extra, policy=policy, settings=self._blocks)
 
     def start_prefill(self, settings: list[str] | None = None, **extra: Any) -> Server:
         extra = {"decode_address": self.link.address, **extra}

@@ -141,6 +141,19 @@ class Server:
             raise Failed(f"the answer broke off: {error!r}") from error
         return result
 
+    def asked(self, ids: list[int], n: int, params: dict[str, Any]) -> http.client.HTTPConnection:
+        """A request under way, for a client that may go before the answer comes."""
+        body = {"model": "model", "prompt": ids, "max_tokens": n, "kv_transfer_params": params}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        return connection
+
+    def settled(self) -> dict[str, float]:
+        """`counts` after one more step: those of a step appear with the next one."""
+        self.complete([5, 6])
+        return self.counts()
+
     def tokens(self, *args: Any, **kwargs: Any) -> list[int]:
         found: list[int] = self.complete(*args, **kwargs)["choices"][0]["token_ids"]
         return found
