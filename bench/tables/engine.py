@@ -78,9 +78,9 @@ def ttft() -> list[str]:
         return f"| {' | '.join(cells)} |"
 
     settings = (
-        f"`{found['model']}` in {found['dtype']}, {found['tokens']} random tokens a prompt, sent by "
-        f"{found['send']}, {found['rounds']} rounds. Differences are of medians, in ms, with 95 % "
-        "bootstrap intervals."
+        f"`{found['model']}` in {found['dtype']}, {found['tokens']} random tokens a prompt, sent "
+        f"by {found['send']}, {found['rounds']} rounds. Differences are of medians, in ms, with "
+        "95 % bootstrap intervals."
     )
     return [*table(heads, map(line, rows.values())), "", settings, "", made_by(found)]
 

@@ -32,13 +32,17 @@ class Cluster:
         self._lossy: dict[str, Server] = {}
         self._blocks = [] if blocks is None else ["--num-gpu-blocks-override", str(blocks)]
         self.decode = self.start_decode()
-        self.prefill = self.start_prefill(**(prefill or {}))
-        for server in self.servers:
-            server.wait()
+        try:
+            self.prefill = self.start_prefill(**(prefill or {}))
+            self.decode.wait(), self.prefill.wait()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def servers(self) -> list[Server]:
-        return [self.decode, self.prefill, *self._lossy.values()]
+        both = [getattr(self, name) for name in ("decode", "prefill") if hasattr(self, name)]
+        return [*both, *self._lossy.values()]
 
     def lossy(self, budget: str) -> Server:
         """A prefill server with that budget, started when first asked for; one sends by chunks."""
