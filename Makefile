@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make check  lint, format, types, import rule, sizes
 # make test-vllm  vLLM's CPU build in an environment of its own, real prefill and decode servers
+# make test-vllm-faults  kill those servers in the middle of transfers, KILLS times each (20)
 # make demo-vllm  two servers and a proxy, one prompt, and what it saved
 # Each does all the set-up it needs in .venv; a second run reuses it.
 
@@ -11,6 +12,9 @@ TORCH ?= torch==2.13.0
 
 # vLLM pins its own torch; about 3.5 GB.
 VLLM_VENV ?= .venv-vllm
+# Of each side; the rows of what came of it go to FAULTS, where that is set.
+KILLS ?= 20
+FAULTS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -18,7 +22,7 @@ STAMP := .venv/set-up
 TINY := $(shell find kvprism-tiny -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
 KERNELS := hatch_build.py scripts/build-codec src/kvprism/codec/cpu.c
 
-.PHONY: setup demo test check clean test-vllm demo-vllm
+.PHONY: setup demo test check clean test-vllm test-vllm-faults demo-vllm
 
 setup: $(STAMP)
 
@@ -33,6 +37,10 @@ check: $(STAMP)
 
 test-vllm: $(STAMP) $(VLLM_VENV)/set-up
 	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest tests/engine
+
+test-vllm-faults: $(STAMP) $(VLLM_VENV)/set-up
+	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python scripts/vllm-faults \
+		--kills $(KILLS) $(if $(FAULTS),--json $(FAULTS))
 
 demo-vllm: $(STAMP) $(VLLM_VENV)/set-up
 	KVPRISM_VLLM=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python scripts/demo-vllm

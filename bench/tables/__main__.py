@@ -5,7 +5,7 @@ With `--check` it writes nothing and fails when a page does not show what was me
 
 import sys
 
-from bench.tables import models, quality, routes, speed, zoo
+from bench.tables import engine, models, quality, routes, speed, zoo
 from bench.tables.cells import ROOT
 
 SECTIONS = {
@@ -31,8 +31,11 @@ SECTIONS = {
         "routes-compare-128": lambda: routes.route_comparisons("ruler-routes-128-compare"),
         "routes-provenance": lambda: quality.provenance("ruler-routes"),
     },
+
     "docs/zoo.md": {"probes": zoo.probes, "remedies": zoo.remedies},
     "docs/zoo-evidence.md": {"models": zoo.models},
+    "docs/vllm.md": {"faults": engine.faults, "ttft": engine.ttft},
+
     "docs/evidence.md": {
         "provenance": quality.provenance,
         "perplexity": quality.perplexity,

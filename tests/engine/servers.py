@@ -1,5 +1,6 @@
 """Real vLLM servers on loopback: started, asked, killed. Standard library alone."""
 
+import http.client
 import json
 import os
 import signal
@@ -22,6 +23,22 @@ SETTINGS = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32"),
     *("--max-model-len", str(MODEL_LENGTH)),
 ]
+
+OURS = {
+    "kv_connector": "KVPrismConnector",
+    "kv_connector_module_path": "kvprism.integrations.vllm",
+}
+GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+def stop_cleanly() -> None:
+    """Let a signal end the program as an error would, so that no server stays behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
 
 
 class Failed(Exception):
@@ -50,7 +67,8 @@ def environment() -> dict[str, str]:
 class Server:
     """`vllm serve` in a process group of its own; ready when `wait` returns.
 
-    role: of the transfer, None for a server without one; extra: `kv_connector_extra_config`.
+    role: of the transfer, None for a server without one; extra: `kv_connector_extra_config`;
+    connector: keys of another connector than ours; variables: of its environment.
     """
 
     def __init__(
@@ -63,6 +81,8 @@ class Server:
         policy: str = "recompute",
         settings: list[str] | None = None,
         port: int | None = None,
+        connector: dict[str, Any] | None = None,
+        variables: dict[str, str] | None = None,
     ) -> None:
         self.port, self.log = port or free_port(), log
         command = [os.environ[VARIABLE], "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
@@ -70,16 +90,19 @@ class Server:
         command += ["--port", str(self.port), *SETTINGS, *(settings or [])]
         if role is not None:
             transfer = {
-                "kv_connector": "KVPrismConnector",
-                "kv_connector_module_path": "kvprism.integrations.vllm",
+                **(OURS if connector is None else connector),
                 "kv_role": role,
                 "kv_load_failure_policy": policy,
-                "kv_connector_extra_config": extra,
+                "kv_connector_extra_config": extra or {},
             }
             command += ["--kv-transfer-config", json.dumps(transfer)]
         with log.open("a") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, env=environment(), process_group=0
+                command,
+                stdout=out,
+                stderr=out,
+                env=environment() | (variables or {}),
+                process_group=0,
             )
 
     def wait(self) -> "Server":
@@ -121,9 +144,25 @@ class Server:
             **({} if params is None else {"kv_transfer_params": params}),
             **more,
         }
-        with self._open("/v1/completions", body) as answer:
-            result: dict[str, Any] = json.load(answer)
+        try:
+            with self._open("/v1/completions", body) as answer:
+                result: dict[str, Any] = json.load(answer)
+        except http.client.HTTPException as error:
+            raise Failed(f"the answer broke off: {error!r}") from error
         return result
+
+    def asked(self, ids: list[int], n: int, params: dict[str, Any]) -> http.client.HTTPConnection:
+        """A request under way, for a client that may go before the answer comes."""
+        body = {"model": "model", "prompt": ids, "max_tokens": n, "kv_transfer_params": params}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        return connection
+
+    def settled(self) -> dict[str, float]:
+        """`counts` after one more step: those of a step appear with the next one."""
+        self.complete([5, 6])
+        return self.counts()
 
     def tokens(self, *args: Any, **kwargs: Any) -> list[int]:
         found: list[int] = self.complete(*args, **kwargs)["choices"][0]["token_ids"]
@@ -132,9 +171,7 @@ class Server:
     def counts(self) -> dict[str, float]:
         """`name` or `name:label` -> sum, of the connector's counters on /metrics."""
         found: dict[str, float] = {}
-        with self._open("/metrics") as answer:
-            lines = answer.read().decode().splitlines()
-        for line in lines:
+        for line in self.metrics():
             if not line.startswith("vllm:kvprism_") or "_total{" not in line:
                 continue
             name, _, rest = line.removeprefix("vllm:kvprism_").partition("_total{")
@@ -146,6 +183,21 @@ class Server:
             ]
             found[":".join([name, *kept])] = float(value)
         return found
+
+    def gauges(self) -> dict[str, float]:
+        """vLLM's own: requests that run or wait, and the share of blocks that are taken."""
+        found = {}
+        for line in self.metrics():
+            name, _, rest = line.partition("{")
+            if name in GAUGES:
+                found[name] = float(rest.rpartition("} ")[2])
+        return found
+
+    def metrics(self) -> list[str]:
+        """The lines of /metrics."""
+        with self._open("/metrics") as answer:
+            lines: list[str] = answer.read().decode().splitlines()
+        return lines
 
     def _open(
         self, path: str, body: dict[str, Any] | None = None, timeout_s: float = ANSWER_S

@@ -14,17 +14,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from link import Link
+from cluster import BUDGETS, Cluster
 from servers import ROOT, VARIABLE, Failed, Server, environment, free_port, transferred
 
 from kvprism.evaluate.haystack import needle_case
 from kvprism.integrations import tiny
 from kvprism.integrations.hf import load_tokenizer
-from kvprism.transport.token import create_token
 
 if VARIABLE not in os.environ:
     pytest.skip(f"{VARIABLE} names no Python with vLLM: make test-vllm", allow_module_level=True)
@@ -32,65 +30,13 @@ if VARIABLE not in os.environ:
 PROMPTS = int(os.environ.get("KVPRISM_VLLM_PROMPTS", "50"))
 NEEDLES = int(os.environ.get("KVPRISM_VLLM_NEEDLES", "22"))
 NEW = 24
-TIMEOUT_S = 8.0
-BUDGETS = ("0.30", "0.52")
-CHUNKS = ["--max-num-batched-tokens", "256"]
-
-
-class Cluster:
-    """The servers of all tests: decode, raw prefill behind a link, and lossy ones when needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.model = folder, tiny.find("tiny")
-        create_token(folder / "token")
-        create_token(folder / "other-token")
-        self.port = free_port()
-        self.listen = f"127.0.0.1:{self.port}-{self.port + len(BUDGETS)}"
-        self.link = Link(("127.0.0.1", self.port))
-        self.decode = self.start_decode()
-        self.prefill = self.start_prefill()
-        self._lossy: dict[str, Server] = {}
-        for server in self.servers:
-            server.wait()
-
-    @property
-    def servers(self) -> list[Server]:
-        return [self.decode, self.prefill, *self._lossy.values()]
-
-    def lossy(self, budget: str) -> Server:
-        """A prefill server with that budget, started when first asked for; one sends by chunks."""
-        if budget not in self._lossy:
-            number = BUDGETS.index(budget)
-            extra = {
-                "decode_address": f"127.0.0.1:{self.port + 1 + number}",
-                "policy": "spectrum",
-                "budget": budget,
-                "send": ("request", "chunk")[number],
-            }
-            started = self._start(f"prefill-{budget}", "kv_producer", extra, settings=CHUNKS)
-            self._lossy[budget] = started
-            started.wait()
-        return self._lossy[budget]
-
-    def start_decode(self, policy: str = "recompute") -> Server:
-        extra = {"listen": self.listen, "transfer_timeout_s": TIMEOUT_S}
-        return self._start("decode", "kv_consumer", extra, policy=policy)
-
-    def start_prefill(self, **extra: Any) -> Server:
-        return self._start("prefill", "kv_producer", {"decode_address": self.link.address, **extra})
-
-    def _start(self, name: str, role: str, extra: dict[str, Any], **more: Any) -> Server:
-        extra = {"token_file": str(self.folder / "token"), **extra}
-        return Server(self.model, self.folder / f"{name}.log", role, extra, **more)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     made = Cluster(tmp_path_factory.mktemp("servers"))
     yield made
-    made.link.release()
-    for server in made.servers:
-        server.kill()
+    made.close()
 
 
 @pytest.fixture(scope="module")

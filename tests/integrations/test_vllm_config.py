@@ -36,8 +36,12 @@ def test_defaults_are_raw_and_on_loopback(token_file: str) -> None:
     [
         ({"budgett": "0.3"}, "unknown field `budgett`"),
         ({"lease_s": "long"}, "lease_s: Expected `float`, got `str`"),
-        ({"importance": "attention"}, "importance: Invalid enum value 'attention'"),
-        ({"send": "layer"}, "send: Invalid enum value"),
+        ({"importance": "hearsay"}, "importance: Invalid enum value 'hearsay'"),
+        ({"send": "byte"}, "send: Invalid enum value"),
+        (
+            {"send": "layer", "policy": "spectrum", "budget": "0.3"},
+            "send: policy 'spectrum' plans a layer knowing the others",
+        ),
         ({"silence_s": 0}, r"silence_s: expected seconds in \(0, 86400\), got 0"),
         ({"max_inbox_nbytes": 5}, "max_inbox_nbytes: expected at least 65536 bytes, got 5"),
         ({"decode_address": "somewhere"}, "decode_address: expected host:port"),

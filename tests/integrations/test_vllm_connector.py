@@ -150,8 +150,13 @@ def test_the_package_gives_the_class_that_vllm_asks_for(module: ModuleType) -> N
 
 
 def test_no_graph_has_to_be_cut_for_it(module: ModuleType) -> None:
-    """Copies are made after the forward pass and loads between steps, outside of any graph."""
-    assert not module.KVPrismConnector.requires_piecewise_for_cudagraph({})
+    """Copies are made after the forward pass and loads between steps, outside of any graph.
+
+    Unless every layer is followed as it is computed.
+    """
+    needs = module.KVPrismConnector.requires_piecewise_for_cudagraph
+    assert not needs({}) and not needs({"send": "chunk", "importance": "norm"})
+    assert needs({"send": "layer"}) and needs({"importance": "attention"})
 
 
 def test_a_prompt_travels_from_engine_to_engine(pair: tuple[Engine, Engine]) -> None:

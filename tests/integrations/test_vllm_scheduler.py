@@ -145,6 +145,54 @@ def test_exact_caches_share_the_plain_namespace(tmp_path: Path) -> None:
     assert asked.block_hashes == request("x", IDS).block_hashes
 
 
+def turns(tmp_path: Path) -> tuple[SchedulerHalf, SchedulerHalf]:
+    decode = half(tmp_path / "d", listen="127.0.0.1:0")
+    return half(tmp_path / "p", policy="int8", only_new=True), decode
+
+
+def saved(prefill: SchedulerHalf, ids: list[int], salt: str | None = None) -> tuple[Any, Any]:
+    """What a prompt's one step copies, and the parameters for decode."""
+    asked = request("p", ids, dict(ASKED))
+    asked.cache_salt = salt
+    prefill.on_new_request(asked)
+    saves = prefill.step([("p", len(ids), [*range(20)])])
+    return [(save.start, save.stop) for save in saves], prefill.finished(asked)
+
+
+def test_the_next_turn_sends_only_what_is_new(tmp_path: Path) -> None:
+    prefill, decode = turns(tmp_path)
+    first, second = [*range(300)], [*range(300), *range(900, 1000)]
+    assert saved(prefill, first)[0] == [(0, 299)]
+    copied, params = saved(prefill, second)
+    assert copied == [(256, 399)] and params["kvprism_first"] == 256
+    load = loaded(decode, second, params, computed=288)  # what decode kept of the first turn
+    assert (load.first, load.start, load.stop) == (256, 288, 399)
+    other, salted = [0, *first[1:100], 7, *first[101:]], saved(prefill, second, "salt")
+    assert saved(prefill, other)[0] == [(0, 299)] and salted[0] == [(0, 399)]
+
+
+def test_a_turn_whose_beginning_is_gone_is_computed(tmp_path: Path) -> None:
+    """Decode forgot the first turn: the second one's part alone is of no use."""
+    prefill, decode = turns(tmp_path)
+    saved(prefill, [*range(300)])
+    _, params = saved(prefill, [*range(400)])
+    asked = request("d", [*range(400)], params)
+    decode.on_new_request(asked)
+    assert decode.matched_tokens(asked, 128) == 0
+    decode.allocated(asked, [0], 0)
+    assert not decode.take_loads() and decode.counts.take() == {"skipped:prefix_gone": 1}
+
+
+def test_what_was_not_sent_whole_is_not_remembered(tmp_path: Path) -> None:
+    prefill, _ = turns(tmp_path)
+    asked = request("p", [*range(300)], dict(ASKED))
+    prefill.on_new_request(asked)
+    prefill.step([("p", 200, [0])])
+    assert prefill.finished(asked) is None  # aborted
+    assert saved(prefill, [*range(300)])[0] == [(0, 299)]
+    assert saved(prefill, [*range(257)])[0] == []  # all of it is known: nothing is left to send
+
+
 @pytest.mark.parametrize(
     ("params", "cause"),
     [
@@ -171,6 +219,8 @@ def test_no_byte_goes_to_an_address_that_is_not_allowed(
         {"remote_request_id": "00"},
         {"kvprism_code": None},
         {"kvprism_code": "x" * 1000},
+        {"kvprism_first": "0"},
+        {"kvprism_first": 20},
     ],
 )
 def test_wrong_parameters_are_counted_and_the_prompt_is_computed(

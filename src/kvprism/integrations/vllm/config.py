@@ -10,6 +10,7 @@ import msgspec
 
 from kvprism.core import KVShape
 from kvprism.errors import BadInput, Unsupported
+from kvprism.layerwise import leaves_early
 from kvprism.planning import PlanOptions, plan_shape
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile, stated_hash
@@ -17,8 +18,6 @@ from kvprism.transport.token import load_token
 
 Address = tuple[str, int]
 
-# An engine keeps no attention weights; these need the cache alone.
-IMPORTANCE = ("position", "norm")
 TRIED_VLLM = ("0.32.0",)
 MAX_PORTS = 64
 
@@ -32,10 +31,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     token_file: str
     policy: str = "raw"
     budget: str | float | None = None
-    importance: Literal["position", "norm"] = "position"
+    importance: Literal["position", "norm", "attention"] = "position"
     profile: str | None = None
     weights: str = ""
-    send: Literal["request", "chunk"] = "request"
+    send: Literal["request", "chunk", "layer"] = "request"
+    only_new: bool = False
     decode_address: str | None = None
     listen: str | None = None
     allowed_peers: tuple[str, ...] = ()
@@ -81,6 +81,11 @@ class ConnectorConfig:
         POLICIES[settings.policy]
         if producer and POLICIES[settings.policy].budgeted and settings.budget is None:
             raise BadInput(f"budget: policy {settings.policy!r} needs one, such as 0.30")
+        if settings.send == "layer" and not leaves_early(settings.policy):
+            raise BadInput(
+                f"send: policy {settings.policy!r} plans a layer knowing the others, so none can "
+                "leave before the last; send by request or chunk, or choose spectrum-layer"
+            )
         if producer and settings.decode_address is None and not settings.allowed_peers:
             raise BadInput(
                 "decode_address: a producer needs the decode server's host:port, or allowed_peers "
@@ -101,6 +106,11 @@ class ConnectorConfig:
     @property
     def options(self) -> PlanOptions:
         return PlanOptions(importance=self.settings.importance)
+
+    @property
+    def follows_layers(self) -> bool:
+        """Whether something is to be done as each layer of a step is computed."""
+        return self.settings.send == "layer" or self.settings.importance == "attention"
 
     @property
     def exact(self) -> bool:

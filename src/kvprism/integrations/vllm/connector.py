@@ -24,6 +24,7 @@ from kvprism.integrations.vllm.counts import Counts
 from kvprism.integrations.vllm.layouts import PagedCache, layer_number, layout_of
 from kvprism.integrations.vllm.metrics import KVPrismMetrics, KVPrismStats
 from kvprism.integrations.vllm.producer import Producer
+from kvprism.integrations.vllm.queries import QueryTap
 from kvprism.integrations.vllm.scheduler import Load, Save, SchedulerHalf
 from kvprism.tensors import DTYPE_NAMES
 
@@ -111,7 +112,10 @@ class KVPrismConnector(KVConnectorBase_V1):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing yet: `wait_for_save` copies all layers, also where graphs skip this call."""
+        """A layer is computed; where a graph skips this call, `wait_for_save` makes up for it."""
+        if self._work.saves and self._config.follows_layers:
+            slots = attn_metadata.slot_mapping
+            self._ready.save_layer(self._work.saves, layer_number(layer_name), slots)
 
     def wait_for_save(self) -> None:
         if self._work.saves:
@@ -128,6 +132,12 @@ class KVPrismConnector(KVConnectorBase_V1):
     def shutdown(self) -> None:
         if self._worker is not None:
             self._worker.close()
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether `save_kv_layer` must run, which no graph of a whole step does."""
+        by_layer: bool = extra_config.get("send") == "layer"
+        return by_layer or extra_config.get("importance") == "attention"
 
     # Metrics.
 
@@ -186,7 +196,8 @@ class _WorkerHalf:
         if config.profile is not None:
             config.profile.check(own)
         self.cache = _paged(vllm_config, kv_caches)
-        self._producer = Producer(config, own, self.cache, counts) if producer else None
+        tap = _tap(vllm_config, kv_caches) if config.settings.importance == "attention" else None
+        self._producer = Producer(config, own, self.cache, counts, tap) if producer else None
         self._consumer: Consumer | None = None
         if consumer:
             expected = shape_of(model.hf_config, 1)
@@ -201,6 +212,10 @@ class _WorkerHalf:
     def expect(self, load: Load) -> None:
         assert self._consumer is not None
         self._consumer.inbox.expect(load)
+
+    def save_layer(self, saves: Sequence[Save], layer: int, slot_mapping: torch.Tensor) -> None:
+        assert self._producer is not None
+        self._producer.save_layer(saves, layer, slot_mapping)
 
     def save(self, saves: Sequence[Save]) -> None:
         assert self._producer is not None
@@ -227,6 +242,11 @@ def _paged(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> PagedCache:
         backend = layers[name].get_attn_backend().get_name()
         views[layer_number(name)] = layout_of(backend, getattr(layers[name], "isa", ""))(kv)
     return PagedCache(views)
+
+
+def _tap(vllm_config: Any, kv_caches: dict[str, torch.Tensor]) -> QueryTap:
+    layers = vllm_config.compilation_config.static_forward_context
+    return QueryTap({layer_number(name): layers[name].impl for name in kv_caches})
 
 
 def _scheduled(output: Any, half: SchedulerHalf) -> Iterator[tuple[str, int, list[int]]]:

@@ -64,7 +64,7 @@ class Inbox:
 
     def expect(self, load: Load) -> None:
         """A request waits for its cache."""
-        self._advance(_Waiting(load, 0, self._clock()))
+        self._advance(_Waiting(load, load.first, self._clock()))
 
     def deliver(self, request: bytes, kv: RequestKV) -> None:
         """A part has come, under the wire's request id."""

@@ -12,6 +12,7 @@ COUNTS: Mapping[str, tuple[str | None, str]] = {
     "parts_received": (None, "Parts of prompts that arrived complete and undamaged."),
     "reference_bytes": (None, "Bytes of the sent cache at 16 bits a value."),
     "wire_bytes": (None, "Bytes sent, all of them: payload, scales, maps, manifests, digests."),
+    "early_layers": (None, "Layers that left before the last one of their step was computed."),
     "received_bytes": (None, "Bytes received, counted as wire_bytes."),
     "tokens": ("tier", "Tokens sent by tier, averaged over layers and heads."),
     "plan_seconds": (None, "Seconds spent on planning."),
@@ -24,6 +25,7 @@ COUNTS: Mapping[str, tuple[str | None, str]] = {
     "failures": ("cause", "Parts or loads that failed; the request is computed again or fails."),
     "skipped": ("cause", "Requests that asked for a transfer and were served without one."),
     "budget_misses": (None, "Parts too small for the budget, sent at the policy's smallest size."),
+    "without_queries": (None, "Parts planned by position: their queries were not computed."),
     "expired": (None, "Received parts that no request claimed in time."),
 }
 

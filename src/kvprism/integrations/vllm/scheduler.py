@@ -20,6 +20,10 @@ _BINDING_TAG = b"kvprism vllm transfer 1\0"
 _SALT_TAG = "kvprism vllm cache 1"
 TRANSFER_NBYTES = 16
 MAX_CODE = 256
+# What was sent is remembered at these steps, so that it ends on a block whatever the block size.
+PREFIX_STEP = 128
+# Prefixes that are remembered as sent; the oldest are forgotten.
+MAX_SENT = 2**16
 # Transfers that are remembered as claimed; the oldest are forgotten.
 MAX_CLAIMED = 2**16
 
@@ -39,13 +43,17 @@ class Save:
 
 @dataclass(frozen=True)
 class Load:
-    """Consumer's work: fill the tokens `[start, stop)` of the request's blocks."""
+    """Consumer's work: fill the tokens `[start, stop)` of the request's blocks.
+
+    first: where the first part that was sent begins, at `start` or before.
+    """
 
     request_id: str
     binding: bytes
     blocks: tuple[int, ...]
     start: int
     stop: int
+    first: int = 0
 
 
 class EngineRequest(Protocol):
@@ -70,14 +78,17 @@ class _Outgoing:
     binding: bytes
     transfer: bytes
     address: Address
+    first: int
     stop: int
-    copied: int = 0
+    copied: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Incoming:
     binding: bytes
+    first: int
     stop: int
+    gone: bool = False  # the tokens before `first` are not in this server's cache
 
 
 class SchedulerHalf:
@@ -91,6 +102,7 @@ class SchedulerHalf:
         self._outgoing: dict[str, _Outgoing] = {}
         self._incoming: dict[str, _Incoming] = {}
         self._claimed: dict[bytes, None] = {}
+        self._sent: dict[bytes, None] = {}
         self._loads: list[Load] = []
         self.counts = Counts()
 
@@ -105,17 +117,26 @@ class SchedulerHalf:
             self._start_incoming(request, params)
 
     def matched_tokens(self, request: EngineRequest, computed: int) -> int:
-        """How many tokens after the `computed` ones another server sends; the last is not sent."""
+        """How many tokens after the `computed` ones another server sends; the last is not sent.
+
+        None of them, if it counted on tokens that are not here any more.
+        """
         incoming = self._incoming.get(request.request_id)
-        return 0 if incoming is None else max(0, incoming.stop - computed)
+        if incoming is None:
+            return 0
+        incoming.gone = computed < incoming.first
+        return 0 if incoming.gone else max(0, incoming.stop - computed)
 
     def allocated(self, request: EngineRequest, blocks: Sequence[int], n_external: int) -> None:
         """Blocks are there for `n_external` tokens; a request loads once, whatever comes of it."""
         incoming = self._incoming.pop(request.request_id, None)
-        if incoming is not None and n_external > 0:
-            start = incoming.stop - n_external
-            load = Load(request.request_id, incoming.binding, tuple(blocks), start, incoming.stop)
-            self._loads.append(load)
+        if incoming is None:
+            return
+        if n_external > 0:
+            stop, own = incoming.stop, (request.request_id, incoming.binding, tuple(blocks))
+            self._loads.append(Load(*own, stop - n_external, stop, incoming.first))
+        elif incoming.gone:
+            self.counts.label("skipped", "prefix_gone")
 
     def step(self, scheduled: Iterable[tuple[str, int, Sequence[int]]]) -> list[Save]:
         """What to copy after this step.
@@ -146,6 +167,8 @@ class SchedulerHalf:
         out = self._outgoing.pop(request.request_id, None)
         if out is None or out.copied < out.stop:
             return None
+        for key in self._prefixes(request, out.address):
+            _remember(self._sent, key, MAX_SENT)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -155,6 +178,7 @@ class SchedulerHalf:
             "remote_host": None,
             "remote_port": None,
             "kvprism_code": self._config.code,
+            "kvprism_first": out.first,
         }
 
     def sends(self, request_id: str) -> bool:
@@ -171,8 +195,25 @@ class SchedulerHalf:
             return
         transfer = secrets.token_bytes(TRANSFER_NBYTES)
         binding = _binding(transfer, request, self._config.code)
-        stop = request.num_prompt_tokens - 1
-        self._outgoing[request.request_id] = _Outgoing(binding, transfer, address, stop)
+        stop, first = request.num_prompt_tokens - 1, 0
+        for number, key in enumerate(self._prefixes(request, address), start=1):
+            if key in self._sent:
+                first = number * PREFIX_STEP
+        self._outgoing[request.request_id] = _Outgoing(
+            binding, transfer, address, first, stop, copied=first
+        )
+
+    def _prefixes(self, request: EngineRequest, address: Address) -> list[bytes]:
+        """A name for every `PREFIX_STEP` tokens of a prompt at its destination, if they matter."""
+        if not self._config.settings.only_new:
+            return []
+        salt, ids = request.cache_salt or "", np.asarray(request.prompt_token_ids, "<u4")
+        so_far = hashlib.sha256(f"{address}\0{len(salt)}\0{salt}".encode())
+        keys = []
+        for stop in range(PREFIX_STEP, request.num_prompt_tokens, PREFIX_STEP):
+            so_far.update(ids[stop - PREFIX_STEP : stop].tobytes())
+            keys.append(so_far.digest())
+        return keys
 
     def _address_of(self, params: Mapping[str, Any]) -> Address | None:
         """Where to send: what the router names, if it may, else what was configured."""
@@ -185,8 +226,11 @@ class SchedulerHalf:
 
     def _start_incoming(self, request: EngineRequest, params: Mapping[str, Any]) -> None:
         transfer, code = _transfer_of(params), params.get("kvprism_code")
+        stop, first = request.num_prompt_tokens - 1, params.get("kvprism_first", 0)
         cause = _not_carried(request)
         if transfer is None or not isinstance(code, str) or len(code) > MAX_CODE:
+            cause = "bad_params"
+        if type(first) is not int or not 0 <= first <= stop:
             cause = "bad_params"
         if cause is not None or transfer is None:
             self.counts.label("skipped", str(cause))
@@ -195,7 +239,7 @@ class SchedulerHalf:
         if not self._claim(binding):
             self.counts.label("skipped", "claimed_before")
             return
-        self._incoming[request.request_id] = _Incoming(binding, request.num_prompt_tokens - 1)
+        self._incoming[request.request_id] = _Incoming(binding, first, stop)
         if code != "raw":
             _move_to_namespace(request, str(code))
 
@@ -203,10 +247,16 @@ class SchedulerHalf:
         """A cache is there once: whoever comes later, as the second of `n` samples, computes."""
         if binding in self._claimed:
             return False
-        self._claimed[binding] = None
-        if len(self._claimed) > MAX_CLAIMED:
-            del self._claimed[next(iter(self._claimed))]
+        _remember(self._claimed, binding, MAX_CLAIMED)
         return True
+
+
+def _remember(known: dict[bytes, None], key: bytes, most: int) -> None:
+    """As the latest of at most so many."""
+    known.pop(key, None)
+    known[key] = None
+    if len(known) > most:
+        del known[next(iter(known))]
 
 
 def _not_carried(request: EngineRequest) -> str | None:
