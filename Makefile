@@ -25,8 +25,9 @@ setup: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/kvprism demo --json demo.json --report report.html
 
+# Files share the fixtures that load models, so each goes whole to one of two processes.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	scripts/check

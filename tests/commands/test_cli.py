@@ -76,6 +76,7 @@ def test_policies_are_listed(run: Run, tmp_path: Path) -> None:
     assert all(name in result.stdout for name in POLICIES)
 
 
+@pytest.mark.usefixtures("small_speed_test")
 def test_doctor_finds_nothing_broken(run: Run, tmp_path: Path) -> None:
     result = run("doctor", "--json", tmp_path / "doctor.json")
     assert result.exit_code == 0
