@@ -2,7 +2,6 @@
 
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from training.gates import (
     wilson,
 )
 from training.recipe import FOLDER
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
