@@ -11,8 +11,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 
-# Set before torch loads, and inherited by the worker processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Set before torch loads, and inherited by the worker processes that tests start. The tests' tensors
+# are small: a second thread mostly waits for the first, and `make test` runs two tests at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that spin while they wait starve each other on busy cores: four times the processor time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,7 +29,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch: Any = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(0)
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

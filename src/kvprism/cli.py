@@ -10,6 +10,7 @@ import typer
 
 from kvprism.commands import bench_app, calibrate_app, console, eval_app
 from kvprism.commands.options import (
+    GROUP,
     AllowRemote,
     BudgetText,
     CacheDtype,
@@ -32,10 +33,9 @@ app = typer.Typer(
     name="kvprism",
     help="Send far fewer KV-cache bytes from prefill to decode, at the same answer quality.",
     epilog="Start with: kvprism demo",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: at once, and the same in a terminal and in a log
+    **GROUP,
 )
 app.add_typer(eval_app.app, name="eval")
 app.add_typer(bench_app.app, name="bench")

@@ -8,17 +8,16 @@ place alone.
 from dataclasses import replace
 from itertools import accumulate
 
+from kvprism.budgets import budget_limit, required_budget
 from kvprism.core import Budget, Capability, KVShape, Tier
 from kvprism.errors import Unsupported
 from kvprism.layout import Split, split_of
 from kvprism.planning import (
     DEFAULT_OPTIONS,
     PlanOptions,
-    budget_limit,
     code_of,
     layer_shares,
     plan_shape,
-    required_budget,
     smallest_nbytes,
     token_problem,
 )

@@ -1,35 +1,33 @@
 """A captured prompt, a policy and a budget -> an exact plan."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvprism.budgets import Given, budget_limit, required_budget
 from kvprism.codec.reference import Conditioned, quantisable
 from kvprism.core import (
     KEYS,
     MENUS,
     ONE_WIDTH_MENUS,
     STATE,
-    Budget,
     Capability,
     KVShape,
     LayerShape,
     Tier,
 )
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
-from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
-from kvprism.evictions import eviction_problem, protected
+from kvprism.eviction_plans import dry_eviction_plan, plan_eviction, smallest_eviction_nbytes
+from kvprism.evictions import protected
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, Policy
 from kvprism.profiles import LayerSetting, Profile, conditioning_for
 from kvprism.registry import Registry
-from kvprism.routes import Route
-from kvprism.routing import dry_route, reach_nbytes, route_for, routed_problem, routes_of
+from kvprism.routing import routes_of
 from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
     ALL_NATIVE,
@@ -45,8 +43,6 @@ from kvprism.solve import (
     solve_prompt,
 )
 from kvprism.tensors import KeyConditioning, LayerView
-
-_FLOOR = re.compile(r"\s*floor\s*(?:\+(.+))?")
 
 CODECS = Registry("codec", list(MENUS.items()))
 
@@ -88,7 +84,7 @@ DEFAULT_OPTIONS = PlanOptions()
 def plan(
     view: Sequence[LayerView],
     policy: str = "spectrum",
-    budget: str | float | Budget | None = None,
+    budget: Given | None = None,
     *,
     nominal: bool = False,
     options: PlanOptions = DEFAULT_OPTIONS,
@@ -136,9 +132,10 @@ def plan(
             f"choose another codec than {options.codec!r}, or another policy than {policy!r}"
         )
     if row.evicts:
-        route = _route(policy, shape, budget, nominal, profile) if row.routed else None
-        problem = _eviction(policy, shape, view, options, capability, route)
-        planned = _evict(problem, shape, budget, nominal)
+        planned = plan_eviction(
+            policy, shape, view, budget, options.menu, _cut(shape, options),
+            nominal=nominal, capability=capability, profile=profile,
+        )  # fmt: skip
     elif nominal and row.budgeted:
         problems = _problems(policy, shape, view, options, code)
         planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
@@ -153,7 +150,7 @@ def plan(
 def plan_shape(
     shape: KVShape,
     policy: str,
-    budget: str | float | Budget | None,
+    budget: Given | None,
     options: PlanOptions = DEFAULT_OPTIONS,
     profile: Profile | None = None,
 ) -> Plan:
@@ -168,8 +165,8 @@ def plan_shape(
     """
     row = POLICIES[policy]
     if row.evicts:
-        route = _route(policy, shape, budget, False, profile) if row.routed and profile else None
-        return _evict(_dry_eviction(policy, shape, options, route), shape, budget, nominal=False)
+        cut = _cut(shape, options)
+        return dry_eviction_plan(policy, shape, budget, options.menu, cut, profile)
     problems = _dry_problems(shape, policy, options, profile)
     return _solve(policy, problems, shape, budget if row.budgeted else None, profile)
 
@@ -183,99 +180,16 @@ def smallest_nbytes(
     """The smallest budget in bytes that the policy can do with."""
     row = POLICIES[policy]
     if row.evicts:
-        if not row.routed or profile is None:
-            return _dry_eviction(policy, shape, options, None).plan(0).nbytes
-        return min(
-            max(
-                _dry_eviction(policy, shape, options, route).plan(0).nbytes,
-                reach_nbytes(shape, route),
-            )
-            for route in routes_of(shape, policy, profile)
-        )
+        cut = _cut(shape, options)
+        return smallest_eviction_nbytes(policy, shape, options.menu, cut, profile)
     problems = _dry_problems(shape, policy, options, profile)
     if row.tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))
     return smallest_prompt(problems, shape)
 
 
-def _eviction(
-    policy: str,
-    shape: KVShape,
-    view: Sequence[LayerView],
-    options: PlanOptions,
-    capability: Capability,
-    route: Route | None,
-) -> EvictionProblem:
-    """Of a row of `evictions.py`, or of a route."""
-    cut = options.split or split_of(shape)
-    if route is None:
-        return eviction_problem(policy, shape, view, options.menu, cut, capability)
-    return routed_problem(route, shape, view, options.menu, cut, capability)
-
-
-def _dry_eviction(
-    policy: str, shape: KVShape, options: PlanOptions, route: Route | None
-) -> EvictionProblem:
-    if POLICIES[policy].routed and route is None:
-        route = dry_route(shape, policy)
-    return _eviction(policy, shape, (), options, Capability(), route)
-
-
-def _route(
-    policy: str,
-    shape: KVShape,
-    budget: str | float | Budget | None,
-    nominal: bool,
-    profile: Profile | None,
-) -> Route:
-    """The profile's route for a budget."""
-    given = required_budget(policy, budget)
-    if nominal:
-        return route_for(
-            shape, policy, profile, int(nominal_fraction(budget) * shape.reference_nbytes)
-        )
-    if split_floor(given)[0]:
-        raise BadInput(
-            f"policy {policy!r} is calibrated for budgets, and {given!r} counts from a floor; name "
-            "the budget itself, such as 256tok"
-        )
-    return route_for(shape, policy, profile, Budget.parse(given, shape).nbytes)
-
-
-def _evict(
-    problem: EvictionProblem, shape: KVShape, budget: str | float | Budget | None, nominal: bool
-) -> Plan:
-    if nominal:
-        return solve_nominal_eviction(problem, nominal_fraction(budget))
-    given = required_budget(problem.policy, budget)
-    return solve_eviction(problem, budget_limit(given, shape, lambda: problem.plan(0).nbytes))
-
-
-def required_budget(policy: str, budget: str | float | Budget | None) -> str | float | Budget:
-    """Raises `BadInput` where there is none."""
-    if budget is None:
-        raise BadInput(f"policy {policy!r} needs a budget, such as 0.30, 30%, 512MiB or 512tok")
-    return budget
-
-
-def split_floor(budget: str | float | Budget) -> tuple[bool, str | float | Budget | None]:
-    """Whether a budget counts from the policy's smallest plan, and what it says beyond that.
-
-    Example:
-        >>> split_floor("floor+0.04"), split_floor("floor"), split_floor(0.3)
-        ((True, '0.04'), (True, None), (False, 0.3))
-    """
-    match = _FLOOR.fullmatch(budget) if isinstance(budget, str) else None
-    return (False, budget) if match is None else (True, match[1])
-
-
-def budget_limit(
-    given: str | float | Budget, shape: KVShape, smallest: Callable[[], int]
-) -> Budget:
-    """The budget in bytes; smallest: of the policy's plans, where the budget counts from it."""
-    from_floor, beyond = split_floor(given)
-    more = 0 if beyond is None else Budget.parse(beyond, shape).nbytes
-    return Budget(more + (smallest() if from_floor else 0))
+def _cut(shape: KVShape, options: PlanOptions) -> Split:
+    return options.split or split_of(shape)
 
 
 def _dry_problems(
@@ -361,7 +275,7 @@ def _solve(
     policy: str,
     problems: Sequence[TokenProblem],
     shape: KVShape,
-    budget: str | float | Budget | None,
+    budget: Given | None,
     profile: Profile | None,
 ) -> Plan:
     row = POLICIES[policy]
@@ -394,7 +308,7 @@ def _problems(
     code: Code,
 ) -> list[TokenProblem]:
     """One problem for each token range, or for each layer; without a view it is a dry run."""
-    split = options.split or split_of(shape)
+    split = _cut(shape, options)
     if POLICIES[policy].tempo == "per_layer":
         groups = [[layer] for layer in shape.layers]
     else:

@@ -1,7 +1,8 @@
 """The command line in this process: torch is imported once, and every result can be looked at."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from strategies import cache, conditioning_of
 from typer.testing import CliRunner, Result
 
 from kvprism.cli import app
+from kvprism.commands import doctor
 from kvprism.evaluate.haystack import sentences
+from kvprism.integrations import worker
 from kvprism.integrations.hf import fingerprint, load, shape_of
+from kvprism.integrations.worker import Pair, worker_pair
 from kvprism.profiles import ProbeRecord, Profile
 
 Run = Callable[..., Result]
+Lend = Callable[..., AbstractContextManager[Pair]]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +28,33 @@ def run() -> Run:
     """`run("plan", "--budget", "30%")` -> exit code, stdout and stderr."""
     runner = CliRunner()
     return lambda *arguments: runner.invoke(app, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="session")
+def lend() -> Iterator[Lend]:
+    """As `worker_pair`, but one pair serves all who ask for the same: each starts for seconds."""
+    started: dict[tuple[Any, ...], Pair] = {}
+    with ExitStack() as stack:
+
+        def lent(model: str, dtype: str = "bfloat16", profile: Path | None = None) -> Any:
+            asked = (model, dtype, profile)
+            if asked not in started:
+                started[asked] = stack.enter_context(worker_pair(*asked))
+            return nullcontext(started[asked])
+
+        yield lent
+
+
+@pytest.fixture
+def lent_workers(lend: Lend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands take workers that run already; test_processes.py has commands that start them."""
+    monkeypatch.setattr(worker, "worker_pair", lend)
+
+
+@pytest.fixture
+def small_speed_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor times its codec on 2 MiB: the figures mean nothing, their sentences are the same."""
+    monkeypatch.setattr(doctor, "SPEED_TOKENS", 1024)
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,7 @@ def codec_finding() -> tuple[str, str]:
 
 
 @needs_kernels
+@pytest.mark.usefixtures("small_speed_test")
 def test_doctor_compares_the_kernels_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVPRISM_CODEC", raising=False)
     state, detail = codec_finding()
@@ -88,6 +89,7 @@ def test_doctor_compares_the_kernels_with_the_reference(monkeypatch: pytest.Monk
     assert detail.startswith("C kernels: ") and "the torch reference is" in detail
 
 
+@pytest.mark.usefixtures("small_speed_test")
 def test_doctor_says_when_the_reference_runs_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPRISM_CODEC", "reference")
     state, detail = codec_finding()

@@ -9,19 +9,22 @@ import pytest
 
 from kvprism import cli
 from kvprism.commands.demo import ANSWER_TOKENS, ARMS, _facts
+from kvprism.integrations import worker
 from kvprism.integrations.roles import DecodeWorker, PrefillWorker, ttft_ms
 
-from .conftest import Run, failure, read_json
+from .conftest import Lend, Run, failure, read_json
 
 TERMINAL_COLUMNS = 100
 FIGURES = ("plan_ms", "encode_ms", "transfer_ms", "decode_ms", "first_token_ms", "second_token_ms")
 
 
 @pytest.fixture(scope="module")
-def folder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(run: Run, lend: Lend, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     files = ["--json", folder / "demo.json", "--report", folder / "report.html"]
-    result = run("demo", "--context", 512, *files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "worker_pair", lend)
+        result = run("demo", "--context", 512, *files)
     assert result.exit_code == 0, result.output
     (folder / "stdout").write_text(result.stdout)
     return folder

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,23 +42,29 @@ def demo() -> Iterator[tuple[subprocess.Popen[str], dict[str, int]]]:
             process.kill()
 
 
-def workers_of(parent: int) -> dict[str, int]:
-    """Role -> pid, once both have started."""
+def workers_of(parent: int, but: Collection[int] = ()) -> dict[str, int]:
+    """Role -> pid, once both have started; but: pids of those lent to other tests."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-                ours = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if ours and b"worker" in words:
-                found[words[words.index(b"worker") + 1].decode()] = int(folder.name)
+        found = {role: pid for pid, role in running(parent).items() if pid not in but}
         if len(found) == 2:
             return found
         time.sleep(0.05)
     raise AssertionError("the workers did not start")
+
+
+def running(parent: int) -> dict[int, str]:
+    """Pid -> role of every worker that a process has now."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            ours = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if ours and b"worker" in words:
+            found[int(folder.name)] = words[words.index(b"worker") + 1].decode()
+    return found
 
 
 def gone(pids: Iterator[int]) -> bool:
@@ -107,8 +113,10 @@ def test_workers_do_not_outlive_a_killed_command() -> None:
 
 
 def test_a_killed_worker_fails_the_command_with_one_line_that_names_it(run: Run) -> None:
+    lent = running(os.getpid())
+
     def kill() -> dict[str, int]:
-        workers = workers_of(os.getpid())
+        workers = workers_of(os.getpid(), but=lent)
         os.kill(workers["decode"], signal.SIGKILL)
         return workers
 

@@ -6,16 +6,19 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
 import kvprism
 from kvprism.codec import backend, cpu
-from kvprism.commands.transfer import format_address, parse_address
-from kvprism.errors import BadInput, ProfileMismatch
+from kvprism.commands import console
+from kvprism.commands.transfer import decode_here, format_address, parse_address
+from kvprism.errors import BadInput, ProfileMismatch, TransportError, WireError
 
 from .conftest import Run, failure, read_json
 
@@ -43,6 +46,21 @@ def decoding(prompt: Path, token: Path, *arguments: object) -> Iterator[subproce
             process.kill()
 
 
+@contextmanager
+def decoding_here(
+    prompt: Path, token: Path, profile: Path | None = None
+) -> Iterator[tuple[str, Future[dict[str, Any]]]]:
+    """What `kvprism decode` calls, on a thread: its address, and its result to come."""
+    said: SimpleQueue[str] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "say", said.put)
+        result = pool.submit(
+            decode_here, "tiny", prompt, token, host="127.0.0.1", port=0, tokens=None,
+            new_tokens=2, timeout_s=20.0, allow_remote=False, profile=profile, say=lambda _: None,
+        )  # fmt: skip
+        yield said.get(timeout=20).removeprefix("listening on "), result
+
+
 def address_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     match = re.fullmatch(r"listening on (\S+)\n", process.stdout.readline())
@@ -50,6 +68,7 @@ def address_of(process: subprocess.Popen[str]) -> str:
     return match[1]
 
 
+@pytest.mark.usefixtures("lent_workers")
 def test_run_sends_saves_and_continues(run: Run, prompt: Path, tmp_path: Path) -> None:
     saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
     arguments = ["--policy", "sinks-recent", "--budget", "50%", "--new-tokens", 4]
@@ -67,6 +86,7 @@ def test_run_sends_saves_and_continues(run: Run, prompt: Path, tmp_path: Path) -
     assert {name for name in done if name.endswith("_ms")} <= set(done["definitions"])
 
 
+@pytest.mark.usefixtures("lent_workers")
 @pytest.mark.parametrize("policy", ["spectrum-conditioned", "spectrum-adaptive"])
 def test_run_conditions_keys_by_the_profile(
     run: Run, prompt: Path, profiles: tuple[Path, ...], policy: str, tmp_path: Path
@@ -96,26 +116,29 @@ def test_neither_side_serves_with_the_slow_codec_unasked(
     assert "KVPRISM_CODEC=reference" in failure(result)
 
 
+@pytest.mark.parametrize("which", [None, 1])
 def test_peers_with_different_profiles_never_send(
-    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...], tmp_path: Path
+    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...], which: int | None
 ) -> None:
-    ours, theirs, _ = profiles
+    given = [] if which is None else ["--profile", profiles[which]]
+    send = ["prefill", "--file", prompt, "--token-file", token, "--budget", "40%", *given]
+    with decoding_here(prompt, token, profiles[0]) as (to, decoded):
+        refused = run(*send, "--to", to)
+        assert refused.exit_code == 3
+        assert "Rejected: peer refused (profile): profile is" in failure(refused)
+        with pytest.raises((TransportError, WireError)):  # exit code 3
+            decoded.result()
+
+
+def test_peers_with_the_same_profile_send(
+    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...]
+) -> None:
     send = ["prefill", "--file", prompt, "--token-file", token, "--budget", "40%"]
-    for given in ([], ["--profile", theirs]):
-        with decoding(prompt, token, "--profile", ours) as process:
-            result = run(*send, *given, "--to", address_of(process))
-            assert result.exit_code == 3
-            assert "Rejected: peer refused (profile): profile is" in failure(result)
-            process.communicate(timeout=20)
-            assert process.returncode == 3
-    json = tmp_path / "decode.json"
-    with decoding(prompt, token, "--profile", ours, "--new-tokens", 2, "--json", json) as process:
-        given = ["--profile", ours, "--policy", "spectrum-conditioned"]
-        sent = run(*send, *given, "--to", address_of(process))
+    given = ["--profile", profiles[0], "--policy", "spectrum-conditioned"]
+    with decoding_here(prompt, token, profiles[0]) as (to, decoded):
+        sent = run(*send, *given, "--to", to)
         assert sent.exit_code == 0, sent.output
-        _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 0, stderr
-    assert 0.35 < read_json(json)["fraction"] <= 0.4
+        assert 0.35 < decoded.result()["fraction"] <= 0.4
 
 
 def test_the_decode_side_evicts_while_it_generates(

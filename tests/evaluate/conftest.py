@@ -5,18 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvprism.evaluate.haystack import sentences
 from kvprism.evaluate.measure import LoadedModel
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """The built-in model's kernels are small: two threads mostly wait for each other."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

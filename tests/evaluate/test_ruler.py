@@ -1,6 +1,7 @@
 """The suite: every case is what it claims to be, whatever the tokenizer, and is measured so."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def suite(request: pytest.FixtureRequest, subject: LoadedModel) -> Ruler:
     return Ruler(subject, RAW, lengths=(LENGTH,))
 
 
+@cache
 def cases(suite: Ruler, subtask: str) -> list[RulerCase]:
     return [suite.case(RulerId(LENGTH, subtask, number)) for number in range(DEPTHS + 1)]
 

@@ -1,9 +1,7 @@
 """Gates hold on the right side, and figures are what they are called."""
 
 import math
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from training.gates import (
     WINDOW,
     Figure,
     Gates,
+    main,
     measure,
     outcomes_of,
     perplexity,
@@ -26,8 +25,6 @@ from training.gates import (
     wilson,
 )
 from training.recipe import FOLDER
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +85,10 @@ def test_a_model_may_have_to_be_as_good_as_another(tiny: tuple[Any, Any]):
     assert found.gate == pytest.approx(found.value) and found.held
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "training.gates", "tiny", "--train", "none", "--valid", "none"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "cannot read none" in done.stderr
+def test_the_command_says_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["scripts/gate-tiny", "tiny", "--train", "none", "--valid", "none"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert main() == 2
+    assert "cannot read none" in capsys.readouterr().err

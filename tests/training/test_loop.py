@@ -1,6 +1,5 @@
 """Runs go on where they stopped, to the same weights; gates open, or stop the run."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import torch
 from kvprism.errors import BadInput
 from kvprism.integrations.hf import load
 from training import curve
+from training.__main__ import main
 from training.loop import CURVE, GateMissed, Run, figures_of
 from training.mix import NO_TASK, TASKS, Batch
 from training.network import Compute, build
 from training.recipe import Recipe
-
-ROOT = Path(__file__).parents[2]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -126,14 +124,13 @@ def test_low_precision_computes_and_float32_learns(recipe):
         torch.testing.assert_close(ours.float(), master.data, rtol=2**-8, atol=0)
 
 
-def test_the_command_says_what_is_wrong(tmp_path, recipe_file):
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "training", *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+def test_the_command_says_what_is_wrong(tmp_path, recipe_file, monkeypatch, capsys):
+    def command(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["scripts/train-tiny", "--threads", "1", *arguments])
+        assert main() == 2
+        return capsys.readouterr().err
 
-    unknown = command("huge", "--text", str(recipe_file))
-    assert unknown.returncode == 2 and "no recipe 'huge'" in unknown.stderr
-    missing = command(str(recipe_file), "--text", str(tmp_path / "none.txt"))
-    assert missing.returncode == 2 and "none.txt" in missing.stderr
-    assert not (tmp_path / CURVE).exists()
+    monkeypatch.chdir(tmp_path)
+    assert "no recipe 'huge'" in command("huge", "--text", str(recipe_file))
+    assert "none.txt" in command(str(recipe_file), "--text", str(tmp_path / "none.txt"))
+    assert not list(tmp_path.rglob(CURVE))

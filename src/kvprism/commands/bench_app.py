@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from kvprism.commands import console
-from kvprism.commands.options import Budgets, CacheDtype, Json, Model, Policies, numbers
+from kvprism.commands.options import GROUP, Budgets, CacheDtype, Json, Model, Policies, numbers
 
-app = typer.Typer(help="Measure speed.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure speed.", **GROUP)
 
 
 @app.command(epilog="Example: kvprism bench codec --mib 256 --json codec.json")

@@ -8,11 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from kvprism.commands import console
-from kvprism.commands.options import EvaluationOptions, Json, Model, PolicyName, numbers
+from kvprism.commands.options import GROUP, EvaluationOptions, Json, Model, PolicyName, numbers
 
-app = typer.Typer(
-    help="Measure quality at exact bytes.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Measure quality at exact bytes.", **GROUP)
 Lengths = Annotated[str, typer.Option("--length", help="Context tokens, with commas between them.")]
 Haystack = Annotated[
     Path | None, typer.Option("--haystack", help="A text file instead of generated text.")

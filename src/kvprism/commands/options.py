@@ -2,11 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvprism.errors import BadInput
+
+# What a group of commands is made with. The newest typer imports pydantic, a fifth of a second, to
+# convert the absent value of its own --help; a value that is a bool already it takes as it is.
+GROUP: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,  # plain help: at once, and the same in a terminal and in a log
+    "context_settings": {"default_map": {"help": False}},
+}
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result here as JSON.")]
 Model = Annotated[

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from kvprism.budgets import split_floor
 from kvprism.codec.stream import decode, encode
 from kvprism.core import Budget, Capability, KVShape
 from kvprism.errors import BadInput, ProfileMismatch
-from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, split_floor
+from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
