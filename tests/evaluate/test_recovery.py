@@ -59,6 +59,19 @@ def test_it_is_the_ratio_of_sums_over_budgets_and_its_interval_the_bootstraps(
     assert (found.budgets, found.n) == (("0.3", "0.52"), 60)
 
 
+def test_each_budget_may_have_a_policy_of_its_own(suite: Records) -> None:
+    mix = "sinks-recent@0.3+random-tiers@0.52"
+    mixed = one(recoveries(suite, "spectrum", [mix]), "answer_nll", "needle")
+    ours, theirs = (
+        [by_document(suite, "needle", policy, b) for policy, b in zip(names, BUDGETS, strict=True)]
+        for names in (("spectrum", "spectrum"), ("sinks-recent", "random-tiers"))
+    )
+    full = by_document(suite, "needle", "raw", None)
+    won, lost = sum(ours) - sum(theirs), len(BUDGETS) * full - sum(theirs)
+    assert mixed.value == pytest.approx(won.sum() / lost.sum())
+    assert mixed.versus == mix
+
+
 def test_a_policy_wins_nothing_back_of_its_own_and_a_worse_one_loses_more(suite: Records) -> None:
     same = one(recoveries(suite, "sinks-recent", ["sinks-recent"]), "answer_nll", "average")
     assert (same.value, same.ci_low, same.ci_high) == (0, 0, 0) and same.p == 1

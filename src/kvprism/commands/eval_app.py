@@ -224,7 +224,12 @@ def recovery(
     records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
     policy: PolicyName = "polykv-best",
     versus: Annotated[
-        str, typer.Option("--versus", help="Policies to compare with, with commas between them.")
+        str,
+        typer.Option(
+            "--versus",
+            help="Policies to compare with, with commas between them; one for each budget as in "
+            "tova@128tok+cake@512tok.",
+        ),
     ] = "snapkv",
     json: Json = None,
 ) -> None:

@@ -1,4 +1,7 @@
-"""How much of what one policy loses against the full cache another wins back, over all budgets."""
+"""How much of what one policy loses against the full cache another wins back, over all budgets.
+
+The other one may be a policy for each budget, as calibration chose them: `cake@512tok+tova@128tok`.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,13 +77,13 @@ class _Nothing:
 
 
 def recoveries(records: Records, policy: str, versus: Sequence[str]) -> list[Recovery]:
-    """One for every metric of `RECOVERED`, cell and policy of `versus`; names as in `compare`.
+    """One for every metric of `RECOVERED`, cell and one of `versus`; names as in `compare`.
 
     Raises:
         BadInput: a policy that was not measured or has no budgets, or no complete document.
     """
     cells = cells_of(records)
-    check_measured(cells, [policy, *versus])
+    check_measured(cells, [policy, *(name for each in versus for name, _ in _parts(each))])
     found = [
         _recovery(cell, metric, name, group)
         for metric in METRICS[records.header.task]
@@ -97,12 +100,20 @@ def recoveries(records: Records, policy: str, versus: Sequence[str]) -> list[Rec
     return found
 
 
+def _parts(versus: str) -> list[tuple[str, str | None]]:
+    """Policies, each with the budget that it is for, or None for all."""
+    named = [part.partition("@") for part in versus.split("+")]
+    return [(policy, budget or None) for policy, _, budget in named]
+
+
 def _groups(cell: Cell, policy: str, versus: str) -> Iterator[list[tuple[ArmKey, ArmKey]]]:
     """Pairs at equal budgets, those of one setting together."""
     grouped: dict[tuple[object, ...], list[tuple[ArmKey, ArmKey]]] = {}
-    for arm, other in pairs(cell, policy, versus):
-        if arm.budget is not None and other.budget is not None:
-            grouped.setdefault(arm[2:], []).append((arm, other))
+    for name, budget in _parts(versus):
+        for arm, other in pairs(cell, policy, name):
+            both = arm.budget is not None and other.budget is not None
+            if both and budget in (None, str(arm.budget)):
+                grouped.setdefault(arm[2:], []).append((arm, other))
     yield from grouped.values()
 
 
