@@ -209,3 +209,15 @@ def test_a_plan_for_a_long_prompt_takes_few_trials(monkeypatch: pytest.MonkeyPat
     chosen = solve_eviction(problem, Budget(budget))
     assert budget - 2 * layers[0].unit_nbytes - 256 * 8 < chosen.nbytes <= budget
     assert len(trials) < 30
+
+
+def test_layers_that_do_not_change_between_trials_are_not_planned_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, plan = [], LayerProblem.plan
+    monkeypatch.setattr(LayerProblem, "plan", lambda la, n: (made.append(n), plan(la, n))[1])
+    problem = whole(problem_of([40] * 4), [1.0] * 4)
+    before, after = problem.plan(8), problem.plan(9)
+    assert made == [2, 2, 2, 2, 3]
+    assert before.layers[1:] == after.layers[1:]
+    assert problem.plan(9).nbytes == whole(problem_of([40] * 4), [1.0] * 4).plan(9).nbytes

@@ -6,7 +6,7 @@ the layer whose turn it is and there to the best scores, until the budget is ful
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -171,12 +171,19 @@ class EvictionProblem:
     granted: NDArray[np.intp]
     menu: tuple[Tier, ...]
     split: Split = WHOLE
+    _last: dict[int, tuple[int, LayerPlan]] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self, n: int) -> Plan:
         """The protected tokens and the first `n` units."""
-        counts = np.bincount(self.granted[:n], minlength=len(self.layers))
-        layers = tuple(la.plan(int(c)) for la, c in zip(self.layers, counts, strict=True))
+        counts = np.bincount(self.granted[:n], minlength=len(self.layers)).tolist()
+        layers = tuple(self._layer(i, count) for i, count in enumerate(counts))
         return Plan(layers, self.menu, self.split, self.policy)
+
+    def _layer(self, number: int, count: int) -> LayerPlan:
+        """Kept until it changes: from one trial of the solver to the next most layers do not."""
+        if number not in self._last or self._last[number][0] != count:
+            self._last[number] = count, self.layers[number].plan(count)
+        return self._last[number][1]
 
     @cached_property
     def payload(self) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -68,6 +68,8 @@ class LayerPlan:
     shape: LayerShape
     tier_of: Mapping[str, TierArray]
     rewrite: Callable[[Any], Any] | None = None  # tensors have no name here
+    # By menu, split and first sequence: a solver asks again and again while other layers change.
+    _sizes: dict[Any, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         names = [component.name for component in self.shape.components]
@@ -95,6 +97,13 @@ class LayerPlan:
         tiers = tiers_in(self, name, heads, tokens)
         sizes = plane_nbytes(tiers, menu, channels, self.shape.itemsize, name)
         return pack_tier_map(tiers), sizes
+
+    def nbytes(self, menu: tuple[Tier, ...], split: Split, first: int) -> tuple[int, int]:
+        """As `layer_nbytes`, found once."""
+        key = menu, split, first
+        if key not in self._sizes:
+            self._sizes[key] = _nbytes(self, menu, split, first)
+        return self._sizes[key]
 
     def check_drops(self, menu: Sequence[Tier], capability: Capability) -> None:
         """Refuse a layer whose missing tokens the receiver cannot hold.
@@ -315,6 +324,14 @@ def layer_nbytes(
     first_sequence: int = 0,
 ) -> tuple[int, int]:
     """Exact wire bytes of one layer, and how many manifests carry it."""
+    if isinstance(layer, LayerPlan):
+        return layer.nbytes(tuple(menu), split, first_sequence)
+    return _nbytes(layer, menu, split, first_sequence)
+
+
+def _nbytes(
+    layer: LayerPlan | LayerCounts, menu: Sequence[Tier], split: Split, first_sequence: int
+) -> tuple[int, int]:
     sizes = [manifest_nbytes(m) for m in manifests_of(layer, menu, split, first_sequence)]
     return sum(sizes), len(sizes)
 

@@ -213,3 +213,44 @@ def compare(
         from kvprism.commands.evaluate import compare_and_show
 
         compare_and_show(records, policy, versus.split(","), json)
+
+
+@app.command(
+    epilog="Example: kvprism eval recovery routes.jsonl --policy polykv-best --versus keydiff"
+)
+def recovery(
+    records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
+    policy: PolicyName = "polykv-best",
+    versus: Annotated[
+        str,
+        typer.Option(
+            "--versus",
+            help="Policies to compare with, with commas between them; one for each budget as in "
+            "tova@128tok+cake@512tok.",
+        ),
+    ] = "snapkv",
+    json: Json = None,
+) -> None:
+    """How much of what others lose against raw one policy wins back, over all budgets together.
+
+    Of every metric whose best is raw's: the sum over budgets of policy minus other, over that of
+    raw minus other, with a paired 95 % interval over documents.
+    """
+    with console.one_line_errors(json):
+        console.load("kvprism.commands.evaluate")
+        from kvprism.commands.evaluate import recover_and_show
+
+        recover_and_show(records, policy, versus.split(","), json)
+
+
+@app.command(epilog="Example: kvprism eval rows ruler.jsonl --json rows.json")
+def rows(
+    records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
+    json: Json = None,
+) -> None:
+    """Tables and rows of records, finished or not: of documents that every arm has measured."""
+    with console.one_line_errors(json):
+        console.load("kvprism.commands.evaluate")
+        from kvprism.commands.evaluate import load_and_show
+
+        load_and_show(records, json)

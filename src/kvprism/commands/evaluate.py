@@ -18,6 +18,7 @@ from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.needle import Needle
 from kvprism.evaluate.perplexity import Perplexity
 from kvprism.evaluate.records import Task, collect, load_records
+from kvprism.evaluate.recovery import Recovery, recoveries
 from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
@@ -151,6 +152,14 @@ def evaluate_and_show(name: str, settings: dict[str, Any], options: EvaluationOp
         write_rows(options.json, rows)
 
 
+def load_and_show(records: Sequence[Path], json: Path | None) -> None:
+    """The same from record files, whatever they hold so far."""
+    rows = [row for path in records for row in rows_of(load_records(path))]
+    show_rows(rows)
+    if json is not None:
+        write_rows(json, rows)
+
+
 def show_rows(rows: Sequence[Row]) -> None:
     """One table per cell: an arm a line, intervals below its figures."""
     for cell, group in groupby(rows, _cell):
@@ -173,7 +182,7 @@ def _whole(row: Row) -> bool:
     return row.fraction_native is not None and row.fraction_native >= 1
 
 
-def _cell(figure: Row | Comparison) -> str:
+def _cell(figure: Row | Comparison | Recovery) -> str:
     # LongBench's prompts are as long as they are, and only the longest are cut.
     cell = f"{'up to ' if figure.task == 'longbench' else ''}{figure.length} tokens"
     if figure.distractors is not None:
@@ -181,7 +190,7 @@ def _cell(figure: Row | Comparison) -> str:
     return cell if figure.subtask is None else f"{cell}, {figure.subtask}"
 
 
-def _protocol(figure: Row | Comparison) -> str:
+def _protocol(figure: Row | Comparison | Recovery) -> str:
     return " (query-aware)" if figure.query_aware else ""
 
 
@@ -284,3 +293,35 @@ def compare_and_show(
     found.sort(key=_table)
     show_comparisons(found)
     console.write_json(json, msgspec.to_builtins(found))
+
+
+def recover_and_show(
+    records: Sequence[Path], policy: str, versus: Sequence[str], json: Path | None
+) -> None:
+    """What a policy wins back, from record files."""
+    found = [r for path in records for r in recoveries(load_records(path), policy, versus)]
+    columns = ["cell", "from", "budgets", "n", "won back", "95 % interval", "least difference"]
+    for metric, group in groupby(found, key=lambda r: r.metric):
+        title = f"{HEADINGS[metric].text}: what {policy} wins back of what others lose against raw"
+        console.table(title, columns, map(_recovery_line, group))
+    for r in found:
+        if r.reason:
+            console.say(f"no figure: {_cell(r)}: {policy} from {r.versus}: {r.reason}")
+    console.write_json(json, msgspec.to_builtins(found))
+
+
+def _recovery_line(r: Recovery) -> list[str]:
+    cell = f"{_cell(r)}{_protocol(r)}"
+    if r.value is None or r.ci_low is None or r.ci_high is None:
+        return [cell, r.versus, ", ".join(r.budgets), str(r.n), "", "", ""]
+    heading = HEADINGS[r.metric]
+    worst = min if r.metric in HIGHER_IS_BETTER else max
+    return [
+        cell,
+        r.versus,
+        ", ".join(r.budgets),
+        str(r.n),
+        console.percent(r.value),
+        f"[{console.percent(r.ci_low)}, {console.percent(r.ci_high)}]",
+        heading.change(worst(r.differences.values())),
+    ]

@@ -147,9 +147,13 @@ class RouteSearch:
         For the allocator under its candidates at every grid point; for Algorithm 1, which reads
         texts alone, under its own at the budgets.
         """
+        self.measure_signals()
+        self._fill("layers' curves", self.making, self._alone(self.policies, self.grid))
+
+    def measure_signals(self) -> None:
+        """What Algorithm 1 reads alone; enough for `polykv` with a uniform or PPL sharing."""
         signals = self._alone(self.paper, self.tokens)
         self._fill("layers' signals", self._texts, signals)
-        self._fill("layers' curves", self.making, self._alone(self.policies, self.grid))
 
     def _alone(self, policies: Sequence[str], tokens: Sequence[int]) -> list[Treatment]:
         return [

@@ -317,18 +317,19 @@ def compare(records: Records, policy: str, versus: Sequence[str]) -> list[Compar
         BadInput: a policy that was not measured, or no complete document.
     """
     cells = cells_of(records)
-    _check_measured(cells, [policy, *versus])
+    check_measured(cells, [policy, *versus])
     found = [
         _comparison(cell, arm, other, metric)
         for metric in METRICS[records.header.task]
         for cell in cells
         for name in versus
-        for arm, other in _pairs(cell, policy, name)
+        for arm, other in pairs(cell, policy, name)
     ]
     return _adjusted(found)
 
 
-def _check_measured(cells: Sequence[Cell], policies: Sequence[str]) -> None:
+def check_measured(cells: Sequence[Cell], policies: Sequence[str]) -> None:
+    """`BadInput` for a policy that no cell has, with those that there are."""
     arms = [arm for cell in cells for arm in cell.arms]
     own = next(arm.codec for arm in arms if arm.policy == RAW)
     measured = dict.fromkeys(
@@ -346,7 +347,8 @@ def _named(cell: Cell, name: str) -> list[ArmKey]:
     return [arm for arm in cell.arms if (arm.policy, arm.codec) == (policy, codec)]
 
 
-def _pairs(cell: Cell, policy: str, versus: str) -> list[tuple[ArmKey, ArmKey]]:
+def pairs(cell: Cell, policy: str, versus: str) -> list[tuple[ArmKey, ArmKey]]:
+    """Arms of the two that differ in nothing else; a fixed-rate one meets every budget."""
     return [
         (arm, other)
         for arm in _named(cell, policy)

@@ -47,11 +47,14 @@ def attention_mass(
         stop = min(start + CHUNK, tokens)
         low = 0 if window is None else max(0, start - window + 1)
         logits = grouped[:, :, start:stop].float() @ keys[:, None, low:stop].float().mT
-        logits = torch.nan_to_num(logits * softmax_scale)
+        # In place throughout: a new block of this size for each step costs more than the step.
+        logits = logits.mul_(softmax_scale).nan_to_num_()
         if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        hidden = _hidden(range(start, stop), range(low, stop), window, keys.device)
-        weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+            logits.div_(softcap).tanh_().mul_(softcap)
+        first = start if window is None else low  # without a window all see what was before
+        hidden = _hidden(range(start, stop), range(first, stop), window, keys.device)
+        logits[..., first - low :].masked_fill_(hidden, -torch.inf)
+        weights = torch.softmax(logits, dim=-1, out=logits)
         mass[:, low:stop] += weights.sum(dim=2).mean(dim=1)
     return mass
 
