@@ -343,12 +343,12 @@ def token_problem(
     """What the token solver is asked for layers like `layer`; without a view it is a dry run."""
     row = POLICIES[policy]
     order = _order(row, layer.n_tokens, view, options)
-    native = np.flatnonzero(protected(row.sinks, row.recent, layer))
+    stays = protected(row.sinks, row.recent, layer)
     return TokenProblem(
         policy=policy,
         family=row.family,
-        order=order[~np.isin(order, native)],
-        protected=native,
+        order=order[~stays[order]],
+        protected=np.flatnonzero(stays),
         menu=code.menu,
         pinned={} if row.family in (ALL_NATIVE, EVICT) else _pinned(view, code),
     )

@@ -241,11 +241,12 @@ class _Curve:
             best = min(best, self._cost(step))
         return int(best)
 
-    def largest(self, given: int) -> float:
-        """The largest b that fits; `given` is at least `smallest()`."""
+    def largest(self, given: int) -> float | None:
+        """The largest b that fits; None where `given` is below `smallest()`."""
         high = bisect_right(self._steps, given, key=self._least)
         steps = self._distinct(reversed(self._steps[:high]))
-        return self._b(next(step for step in steps if self._cost(step) <= given))
+        fitting = (self._b(step) for step in steps if self._cost(step) <= given)
+        return next(fitting, None)
 
     def _b(self, step: int) -> float:
         return self._floor + (1 - self._floor) * step / max(1, self._steps[-1])
@@ -299,12 +300,13 @@ def solve_prompt(problems: Sequence[TokenProblem], shape: KVShape, budget: Budge
         BudgetTooSmall: no member of the family fits; carries the minimum.
         BadInput: not one problem per token range or layer.
     """
-    b = 1.0
-    if budget is not None:
-        needed = smallest_prompt(problems, shape)
-        if needed > budget.nbytes:
-            raise BudgetTooSmall(problems[0].policy, needed, budget.nbytes, shape.reference_nbytes)
-        b = _prompt_curve(problems, shape).largest(budget.nbytes)
+    if budget is None:
+        return solve_nominal(problems, shape, 1.0)
+    curve = _prompt_curve(problems, shape)
+    b = curve.largest(budget.nbytes)
+    if b is None:
+        needed = curve.smallest()
+        raise BudgetTooSmall(problems[0].policy, needed, budget.nbytes, shape.reference_nbytes)
     return solve_nominal(problems, shape, b)
 
 
@@ -365,16 +367,17 @@ def solve_layers(
         BadInput: not one share per layer.
     """
     curves, framing = _layer_curves(problems, shape)
-    needed = _smallest(curves, framing, shares)
+    _check_shares(curves, shares)
     first = problems[0]
-    if needed > budget.nbytes:
-        raise BudgetTooSmall(first.policy, needed, budget.nbytes, shape.reference_nbytes)
     parts = layer_budgets(shape, first.menu, first.split, budget, shares)
-    layers = tuple(
-        problem.layer(layer, problem.tiers(curve.largest(part)))
-        for problem, layer, curve, part in zip(problems, shape.layers, curves, parts, strict=True)
-    )
-    return Plan(layers, first.menu, first.split, first.policy)
+    layers = []
+    for problem, layer, curve, part in zip(problems, shape.layers, curves, parts, strict=True):
+        b = curve.largest(part)
+        if b is None:
+            needed = _smallest(curves, framing, shares)
+            raise BudgetTooSmall(first.policy, needed, budget.nbytes, shape.reference_nbytes)
+        layers.append(problem.layer(layer, problem.tiers(b)))
+    return Plan(tuple(layers), first.menu, first.split, first.policy)
 
 
 def layer_budgets(
@@ -395,10 +398,10 @@ def solve_layer(
         BudgetTooSmall: no member of the family fits; carries what this layer alone needs.
     """
     curve = _layer_curve(problem, layer, first_sequence)
-    needed = curve.smallest()
-    if needed > nbytes:
-        raise BudgetTooSmall(problem.policy, needed, nbytes, layer.reference_nbytes)
-    return problem.layer(layer, problem.tiers(curve.largest(nbytes)))
+    b = curve.largest(nbytes)
+    if b is None:
+        raise BudgetTooSmall(problem.policy, curve.smallest(), nbytes, layer.reference_nbytes)
+    return problem.layer(layer, problem.tiers(b))
 
 
 def smallest_layers(
@@ -408,9 +411,13 @@ def smallest_layers(
     return _smallest(*_layer_curves(problems, shape), shares)
 
 
-def _smallest(curves: Sequence[_Curve], framing: int, shares: Sequence[float]) -> int:
+def _check_shares(curves: Sequence[_Curve], shares: Sequence[float]) -> None:
     if len(shares) != len(curves):
         raise BadInput(f"{len(curves)} layers need one share each, got {len(shares)}")
+
+
+def _smallest(curves: Sequence[_Curve], framing: int, shares: Sequence[float]) -> int:
+    _check_shares(curves, shares)
     return framing + least_total([curve.smallest() for curve in curves], shares)
 
 

@@ -97,7 +97,7 @@ def _fits(
 ) -> NDArray[np.bool_]:
     """`quantisable` of rows that are conditioned already; dtype: the cache's."""
     largest = torch.finfo(dtype).max
-    absmax = quantised.abs().amax(dim=-1).float().cpu()
+    absmax = _absmax(quantised).float().cpu()
     other = _other(menu)
     if other is not None:
         fits = other.fits(absmax, quantised.shape[-1], dtype)
@@ -110,6 +110,15 @@ def _fits(
         fits = (absmax / ABSMAX_LEVELS[4] <= FLOAT16_MAX) & (absmax * (1 + 2**-11) <= largest)
     result: NDArray[np.bool_] = fits.numpy()
     return result
+
+
+def _absmax(x: torch.Tensor) -> torch.Tensor:
+    """max|x| of every row; NaN where a row holds one."""
+    if x.dtype.itemsize != 2:
+        return x.abs().amax(dim=-1)
+    # Bit patterns without their sign are ordered like sizes, NaN last, and torch reduces integers
+    # three times as fast as 16-bit floats.
+    return (x.view(torch.int16) & 0x7FFF).amax(dim=-1).view(x.dtype)
 
 
 def encode_into(

@@ -16,7 +16,7 @@ what any of them holds, and the padding is masked head by head.
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -48,7 +48,7 @@ from kvprism.integrations.families import (
     softcap_of,
     windows_of,
 )
-from kvprism.integrations.restored import CACHE, RestoredCache, RestoredLayer
+from kvprism.integrations.restored import RestoredCache, RestoredLayer
 from kvprism.integrations.retaining import RetainingLayer
 from kvprism.retention import FULL_KV, Decode, Retention, per_layer
 from kvprism.score.accumulated import attention_mass
@@ -184,11 +184,13 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    kvprism_recorder: "_QueryRecorder | None" = None,
+    kvprism_recorder: "_Recorder | None" = None,
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
         kvprism_recorder.record(module, query, key, value, kwargs)
+        if kvprism_recorder.complete:
+            raise _Complete
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
@@ -207,8 +209,12 @@ def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
-class _QueryRecorder:
-    """Collects one prefill's post-RoPE queries `[q_head, window, channel]`, layer by layer.
+class _Complete(Exception):
+    """Every layer's keys and values exist: what the model still computes, no cache holds."""
+
+
+class _Recorder:
+    """Collects one prefill's layers: K/V, and post-RoPE queries `[q_head, window, channel]`.
 
     windows: of each layer, how many positions a query sees, or None; frequencies: the model's RoPE,
     for the signal `future_queries`; on_layer, cache_dtype: as in `capture`.
@@ -226,12 +232,14 @@ class _QueryRecorder:
         self.window = window
         self._signals, self._windows, self._frequencies = signals, windows, frequencies
         self._on_layer, self._cache_dtype = on_layer, cache_dtype
-        self.views: dict[int, dict[str, Any]] = {}
-        self.ready: dict[int, LayerView] = {}
+        self.views: dict[int, LayerView] = {}
 
-    def view(self, kv: LayerKV) -> LayerView:
+    @property
+    def complete(self) -> bool:
+        return len(self.views) == len(self._windows)
+
+    def _view(self, kv: LayerKV, recorded: dict[str, Any]) -> LayerView:
         """A captured layer with its signals: what is of its own tokens, at most."""
-        recorded = self.views[kv.layer_id]
         own = {
             name: recorded[name][:, -len(kv.positions) :]
             for name in ("queries", "mass", "output_norms")
@@ -261,13 +269,12 @@ class _QueryRecorder:
         if "output_norms" in self._signals:
             recorded["output_norms"] = output_norms(value[0], module.o_proj.weight)
         layer_id: int = module.layer_idx
-        self.views[layer_id] = recorded
+        start = first_visible(window, key.shape[-2])
+        x = key[0, :, start:], value[0, :, start:]
+        kv = _layer(layer_id, *x, (start, key.shape[-2]), self._cache_dtype)
+        self.views[layer_id] = self._view(kv, recorded)
         if self._on_layer is not None:
-            start = first_visible(window, key.shape[-2])
-            x = key[0, :, start:], value[0, :, start:]
-            kv = _layer(layer_id, *x, (start, key.shape[-2]), self._cache_dtype)
-            self.ready[layer_id] = self.view(kv)
-            self._on_layer(self.ready[layer_id])
+            self._on_layer(self.views[layer_id])
 
 
 def capture(
@@ -280,6 +287,9 @@ def capture(
     on_layer: Callable[[LayerView], None] | None = None,
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """Prefill `ids` in one unperturbed call; keep each layer's K/V and the last queries.
+
+    The call ends when the last layer's keys and values exist: its attention, its MLP and the head
+    would change no cache.
 
     ids: int64 `[token]` or `[1, token]`; window: how many last positions give their post-RoPE
     queries (as many as the layer has tokens when it has fewer); cache_dtype: the precision in which
@@ -310,20 +320,11 @@ def capture(
     ids = _check_ids(model, ids)
     wrap_attention(model)
     frequencies = _frequencies(model, signals)
-    recorder = _QueryRecorder(window, signals, sliding_windows, frequencies, on_layer, cache_dtype)
-    with torch.no_grad():
-        out = model(ids, use_cache=True, logits_to_keep=1, kvprism_recorder=recorder)
-    n_tokens = ids.shape[1]
-    views = tuple(
-        recorder.ready.get(i)
-        or recorder.view(
-            _captured(i, layer, (first_visible(sliding, n_tokens), n_tokens), cache_dtype)
-        )
-        for i, (layer, sliding) in enumerate(
-            zip(getattr(out, CACHE).layers, sliding_windows, strict=True)
-        )
-    )
-    return RequestKV(tuple(view.kv for view in views), n_tokens), views
+    recorder = _Recorder(window, signals, sliding_windows, frequencies, on_layer, cache_dtype)
+    with torch.no_grad(), suppress(_Complete):
+        model(ids, use_cache=True, logits_to_keep=1, kvprism_recorder=recorder)
+    views = tuple(recorder.views[i] for i in range(len(sliding_windows)))
+    return RequestKV(tuple(view.kv for view in views), ids.shape[1]), views
 
 
 def _frequencies(model: PreTrainedModel, signals: Collection[Signal]) -> torch.Tensor | None:
@@ -332,13 +333,6 @@ def _frequencies(model: PreTrainedModel, signals: Collection[Signal]) -> torch.T
         if signal not in get_args(Signal):
             raise UnknownName("signal", signal, list(get_args(Signal)))
     return rope_frequencies(model) if "future_queries" in signals else None
-
-
-def _captured(
-    layer_id: int, layer: Any, token_range: tuple[int, int], dtype: torch.dtype | None
-) -> LayerKV:
-    """A layer of transformers' own cache; of a longer prompt, a window's part is copied out."""
-    return _layer(layer_id, layer.keys[0], layer.values[0], token_range, dtype)
 
 
 def _layer(
