@@ -205,6 +205,33 @@ def test_rows_that_are_dropped_stay_as_they_are() -> None:
     assert (out[:, tier_of[0] == DROP] == 7.0).all()
 
 
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([2, 16, 32, 48, 64, 96, 128, 160, 256, 512, 544]),
+    st.sampled_from(list(DTYPES)),
+    st.sampled_from([0, 0, 0, 1, 8, 16]),
+    st.integers(1, 3),
+)
+def test_rows_written_around_the_caches_are_the_references(
+    seed: int, channels: int, dtype: str, offset: int, threads: int
+) -> None:
+    """Rows of whole lines and of parts, narrow and beyond the stage, on a line's edge and off it."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    tier_of = rng.integers(0, 4, (2, 7)).astype(np.uint8)
+    x = torch.randn(2, 7, channels).to(DTYPES[dtype])
+    planes = check_encode(x, tier_of)
+    ours, theirs = (torch.full((offset + 2 * 9 * channels + 1,), 7.0).to(x.dtype) for _ in "ab")
+    parts = [whole[offset:-1].view(2, 9, channels)[:, 1:8] for whole in (ours, theirs)]
+    decoded = torch.full_like(x, 7.0)
+    reference.decode_into(planes, tier_of, MENU, decoded)
+    parts[1][:] = decoded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "MIN_NBYTES_STREAMED", 1)
+        cpu.decode_into(planes, tier_of, MENU, parts[0], threads=threads)
+    assert same_bits(ours, theirs)
+
+
 def test_a_part_of_a_larger_tensor_is_read_and_written_in_place() -> None:
     whole = torch.randn(4, 30, 16).bfloat16()
     part = whole[1:3, 5:25]

@@ -1,12 +1,15 @@
 /* kvp.nested/1 at memory speed; codec/reference.py is the definition, docs/format.md section 6 the text.
  *
- * C with the compiler's vectors: no intrinsics, no allocation, no Python. Every float is rounded on
+ * C with the compiler's vectors: no allocation, no Python, one intrinsic (`stream`). Every float is rounded on
  * its own (-ffp-contract=off), so that each byte is the reference's. cpu.py checks sizes, tiers and
  * dtypes before it calls; a row is one (head, token), rows are counted head by head.
  */
 #include <float.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if FLT_EVAL_METHOD != 0
 #error "float32 is not computed in float32 here: the bytes would differ from the reference"
@@ -36,6 +39,8 @@
 
 #define TILE 32          /* rows whose scales are computed together: divisions overlap */
 #define STEP 32          /* channels of each half of a row that vectors take at once */
+#define LINE 64          /* bytes that memory moves at once */
+#define STAGE 1024       /* bytes of a row that is streamed, at most */
 #define WIDEST 256       /* channels of a conditioned row, at most */
 #define LEVELS 119.0f    /* codes lie in [-LEVELS, LEVELS] */
 #define LARGEST 65504.0f /* of float16 */
@@ -52,6 +57,7 @@ typedef struct {
     int64_t tier_head_stride, tier_token_stride;
     int64_t tokens, channels, itemsize;
     int32_t dtype;
+    int32_t large;    /* more bytes than the caches hold: `decode` may write around them */
     uint8_t kind[16]; /* of each tier of the menu */
     /* Key conditioning, or NULL: [token, channels / 2], [head, channels], [head, channels / 2]. */
     const float *cosine, *sine, *offset, *divisor;
@@ -616,25 +622,68 @@ INLINE float next_scale(Cursor *at) {
     return any_half_to_float(half); /* of -0, too: the reference restores zeros with its sign */
 }
 
+/* ---- rows written around the caches ----
+ *
+ * An ordinary store first reads the line that it overwrites. Of a block that no cache holds, rows are
+ * made in a stage that the nearest cache holds, and leave it by stores that read nothing. Those are
+ * cheap only where whole lines are written one after the other.
+ */
+
+INLINE int streams(const Block *block) {
+#ifdef __SSE2__
+    int64_t nbytes = block->channels * block->itemsize;
+    uint64_t any = (uint64_t)(uintptr_t)block->rows | (uint64_t)block->head_stride |
+                   (uint64_t)block->token_stride | (uint64_t)nbytes;
+    return block->large && nbytes <= STAGE && any % LINE == 0;
+#else
+    (void)block;
+    return 0;
+#endif
+}
+
+/* memcpy to whole lines, of a block that `streams`. */
+INLINE void stream(uint8_t *row, const uint8_t *from, int64_t nbytes) {
+#ifdef __SSE2__
+    for (int64_t i = 0; i < nbytes; i += 16)
+        _mm_stream_si128((__m128i *)(row + i), _mm_loadu_si128((const __m128i *)(from + i)));
+#else
+    memcpy(row, from, (size_t)nbytes);
+#endif
+}
+
+/* Streamed rows are in no order with other stores until here. */
+INLINE void end_streams(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
 INLINE void decode_rows(const Block *given, int64_t first, int64_t last, Cursor at,
                         int64_t channels, int dtype) {
     const Block block = *given;
     Walk walk = row_at(&block, first / block.tokens, first % block.tokens);
-    int64_t half = channels / 2;
-    size_t native = (size_t)(channels * block.itemsize);
+    int64_t half = channels / 2, nbytes = channels * (dtype == FLOAT32 ? 4 : 2);
+    int streamed = streams(&block);
+    _Alignas(LINE) uint8_t stage[STAGE];
     for (int64_t i = first; i < last; i++, step(&walk, &block)) {
         int kind = kind_of(&block, &walk);
+        uint8_t *row = streamed ? stage : walk.row;
+        const uint8_t *made = stage;
+        if (kind == SKIP) continue;
         if (kind == NATIVE) {
-            memcpy(walk.row, at.native, native);
-            at.native += native;
+            made = at.native;
+            if (!streamed) memcpy(row, at.native, (size_t)nbytes);
+            at.native += nbytes;
         } else if (kind == EIGHT) {
-            decode_row_8(walk.row, next_scale(&at), half, dtype, at.anchor, at.residual);
+            decode_row_8(row, next_scale(&at), half, dtype, at.anchor, at.residual);
             at.anchor += half, at.residual += half;
-        } else if (kind == FOUR) {
-            decode_row_4(walk.row, next_scale(&at), half, dtype, at.anchor);
+        } else {
+            decode_row_4(row, next_scale(&at), half, dtype, at.anchor);
             at.anchor += half;
         }
+        if (streamed) stream(walk.row, made, nbytes);
     }
+    if (streamed) end_streams();
 }
 
 /* 0, with rows half restored, when a restored key is beyond the dtype. */

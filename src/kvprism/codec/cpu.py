@@ -30,6 +30,10 @@ SOURCE = Path(__file__).with_name("cpu.c")
 LIBRARY = Path(__file__).with_name("libkvprism.so")
 # Below this a second thread costs more than it saves.
 MIN_NBYTES_PER_THREAD = 2**20
+# Restored caches of this size are written around the processor's caches (`stream` of cpu.c); smaller
+# ones may still be there when they are read. Not asked of the machine: a virtual one may say 256 MiB
+# (sysconf) where it has 32.
+MIN_NBYTES_STREAMED = 2**26
 WIDEST_CONDITIONED = 256  # channels, as in cpu.c
 
 # As in cpu.c.
@@ -57,6 +61,7 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tier_head_stride", "tier_token_stride")),
         *((name, ctypes.c_int64) for name in ("tokens", "channels", "itemsize")),
         ("dtype", ctypes.c_int32),
+        ("large", ctypes.c_int32),
         ("kind", ctypes.c_uint8 * MAX_MENU),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "offset", "divisor")),
         ("normal", ctypes.c_float),
@@ -201,6 +206,7 @@ class _Call:
             *rows.shape[1:],
             itemsize,
             _DTYPES[rows.dtype],
+            rows.numel() * itemsize >= MIN_NBYTES_STREAMED,
             (ctypes.c_uint8 * MAX_MENU)(*(_KINDS[tier.codec, tier.bits] for tier in self._menu)),
             *(table.data_ptr() for table in self._tables or [torch.empty(0)] * 4),
             rows.shape[-1] ** -0.5 if rotate else 0.0,
