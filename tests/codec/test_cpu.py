@@ -215,7 +215,7 @@ def test_rows_that_are_dropped_stay_as_they_are() -> None:
 def test_rows_written_around_the_caches_are_the_references(
     seed: int, channels: int, dtype: str, offset: int, threads: int
 ) -> None:
-    """Rows of whole lines and of parts, narrow and beyond the stage, on a line's edge and off it."""
+    """Rows of whole lines or not, narrow or beyond the stage, on the edge of a line or off it."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     tier_of = rng.integers(0, 4, (2, 7)).astype(np.uint8)

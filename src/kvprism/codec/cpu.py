@@ -30,9 +30,9 @@ SOURCE = Path(__file__).with_name("cpu.c")
 LIBRARY = Path(__file__).with_name("libkvprism.so")
 # Below this a second thread costs more than it saves.
 MIN_NBYTES_PER_THREAD = 2**20
-# Restored caches of this size are written around the processor's caches (`stream` of cpu.c); smaller
-# ones may still be there when they are read. Not asked of the machine: a virtual one may say 256 MiB
-# (sysconf) where it has 32.
+# Restored caches of this size are written around the processor's caches (`stream` of cpu.c);
+# smaller ones may still be there when they are read. Not asked of the machine: a virtual one may
+# say 256 MiB (sysconf) where it has 32.
 MIN_NBYTES_STREAMED = 2**26
 WIDEST_CONDITIONED = 256  # channels, as in cpu.c
 
