@@ -291,6 +291,15 @@ def test_whatever_may_be_quantised_comes_back_finite(
     assert restored(x[fits][None], tier, menu).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPE_NAMES.values())
+def test_a_row_that_holds_no_number_may_not_be_quantised(dtype: torch.dtype) -> None:
+    values = [math.inf, -math.inf, math.nan, -math.nan, -0.0, -1.0]
+    x = torch.full((1, 4, len(values)), -2.0, dtype=dtype)
+    x[0, 1] = torch.tensor(values, dtype=dtype)
+    rows = x.transpose(1, 2)  # a view, one value in four
+    assert quantisable(rows, MENU).tolist() == [[*[False] * 4, True, True]]
+
+
 @pytest.mark.parametrize("menu, levels", [(MENU, 119), (PUBLISHED_MENU, 7)])
 def test_a_row_may_be_quantised_up_to_the_largest_float16_scale(
     menu: Sequence[Tier], levels: int

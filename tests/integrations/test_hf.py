@@ -9,6 +9,7 @@ from samples import N_PROMPT, tokens
 
 from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.integrations import hf
+from kvprism.integrations.restored import CACHE
 from kvprism.tensors import LayerKV, RequestKV
 
 # Capture
@@ -68,6 +69,25 @@ def test_what_a_layers_listener_raises_ends_the_prefill(llama):
     with pytest.raises(BadInput, match="enough"):
         hf.capture(llama, tokens(N_PROMPT), on_layer=refuse)
     assert told == [0]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_prefill_ends_with_the_last_layers_keys_and_keeps_what_a_whole_one_does(
+    model, attention, dtype
+):
+    model.set_attn_implementation(attention)
+    ran = []
+    modules = [*(layer.mlp for layer in model.model.layers), model.model.norm, model.lm_head]
+    hooks = [m.register_forward_hook(lambda *_, m=m: ran.append(m)) for m in modules]
+    kv, _ = hf.capture(model, tokens(N_PROMPT), cache_dtype=dtype)
+    assert ran == modules[:-3]  # neither the last MLP, nor the norm, nor the head
+    for hook in hooks:
+        hook.remove()
+    out = model(tokens(N_PROMPT), use_cache=True)  # a whole call, through transformers alone
+    for mine, whole in zip(kv.layers, getattr(out, CACHE).layers, strict=True):
+        for name, x in (("k", whole.keys[0]), ("v", whole.values[0])):
+            end = x[:, -len(mine.positions) :]
+            assert torch.equal(mine.components[name], end.to(dtype or x.dtype))
 
 
 def test_capturing_twice_gives_the_same_bits(llama):

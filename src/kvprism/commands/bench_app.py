@@ -51,7 +51,12 @@ def ttft(
         str, typer.Option("--context", help="Prompt tokens, with commas between them.")
     ] = "4096",
     link: Annotated[
-        str, typer.Option("--link", help="Link speeds, with commas between them.")
+        str,
+        typer.Option(
+            "--link",
+            help="Link speeds, with commas between them; prefill: the one on which raw transfer "
+            "takes as long as a prefill.",
+        ),
     ] = "0.05Gbps,0.1Gbps,0.2Gbps,1Gbps",
     policy: Policies = "raw,int8,spectrum-layer,spectrum,pdtrim",
     budget: Budgets = "0.30,0.52",

@@ -24,6 +24,7 @@ from kvprism.integrations.worker import worker_pair
 
 Result = dict[str, Any]
 PLAN_SHARE = 0.05
+EQUAL = "prefill"  # the link on which raw transfer takes as long as a prefill
 CODEC_MIB, CODEC_REPEATS = 64, 15
 
 
@@ -49,7 +50,10 @@ def bench_ttft(
     if shaping not in SHAPINGS:
         raise UnknownName("shaping", shaping, list(SHAPINGS))
     config = hf.load_config(model)
-    rates = tuple(round(8 * link_bytes_per_s(link)) for link in links.split(","))
+    rates = tuple(
+        None if link.strip() == EQUAL else round(8 * link_bytes_per_s(link))
+        for link in links.split(",")
+    )
     cases = [
         Case(context, tuple(policies.split(",")), tuple(budgets.split(",")), rates, repeats)
         for context in contexts

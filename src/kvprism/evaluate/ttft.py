@@ -23,7 +23,10 @@ PREFILLS = 5
 PATIENCE_S = 600.0
 PHASES = ("prefill_s", "plan_s", "encode_s", "transfer_s", "decode_s")
 DEFINITIONS = {
-    "prefill_s": "the prompt without its last token, while layers leave where they leave early",
+    "prefill_s": "the prompt without its last token, until the last layer's keys and values exist; "
+    "while layers leave where they leave early",
+    "raw_equals_prefill": "this link is the one on which raw transfer takes as long as a prefill "
+    "alone",
     "plan_s": "scores and solver; within prefill_s where layers leave early (overlap)",
     "plan_share": "processor time of planning over that of the prefill alone",
     "encode_s": "encoding, on the prefill side; as plan_s",
@@ -49,6 +52,8 @@ Advance = Callable[[int, int], None]
 class Case:
     """What is measured: policies at budgets, over links, so many times.
 
+    links: bits per second; None: the link on which raw transfer takes as long as a prefill alone.
+
     Raises:
         UnknownName: no such policy.
         BadInput: no budget where one is needed, fewer than two tokens, or no repeat.
@@ -57,7 +62,7 @@ class Case:
     context: int
     policies: tuple[str, ...]
     budgets: tuple[str, ...]
-    links: tuple[int, ...]
+    links: tuple[int | None, ...]
     repeats: int
     seed: int = 0
 
@@ -67,7 +72,7 @@ class Case:
                 f"a context of at least 2 tokens and at least 2 repeats, got {self.context} and "
                 f"{self.repeats}"
             )
-        if not self.links or min(self.links) < 1:
+        if not self.links or any(link is not None and link < 1 for link in self.links):
             raise BadInput(f"links must be faster than nothing, got {self.links}")
         _ = self.arms  # says now what is wrong with a policy or a budget
 
@@ -111,13 +116,17 @@ def run_ttft(
     bench = _Bench(pair, link, ids)
     total = len(case.arms) * (WARM_UP + len(case.links) * case.repeats)
     done = 0
+    raw_nbytes = 0
     for _ in range(WARM_UP):
         for arm in case.arms:
-            bench.sample(*arm)
+            warm = bench.sample(*arm)
+            raw_nbytes = raw_nbytes or warm["wire_bytes"]  # of the first arm
             advance(done := done + 1, total)
     alone = bench.prefills()
     rows = []
-    for bits_per_s in case.links:
+    equal = round(8 * raw_nbytes / alone["prefill_s"], -5)
+    for wanted in case.links:
+        bits_per_s = int(equal) if wanted is None else wanted
         bench.set_link(bits_per_s)
         samples: dict[tuple[str, str | None], list[Row]] = {arm: [] for arm in case.arms}
         for _ in range(case.repeats):
@@ -127,7 +136,8 @@ def run_ttft(
         raw = _ttft_p50(samples[case.arms[0]])
         for arm in case.arms:
             found = _row(arm, samples[arm], bits_per_s, alone, raw)
-            rows.append({"context": case.context, "shaping": link.shaping, **found})
+            said = {"context": case.context, "shaping": link.shaping}
+            rows.append({**said, "raw_equals_prefill": wanted is None, **found})
     return rows
 
 

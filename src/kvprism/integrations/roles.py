@@ -43,7 +43,8 @@ DEFINITIONS = {
     "tiers": "tokens per tier in the first head of the first layer that is not cut to a window",
     "tier_of_token": "one letter a token: n native, 8 INT8, 4 INT4, . dropped; the last prompt "
     "token is not sent, the decode side computes it again",
-    "prefill_ms": "the prompt without its last token, with the capture of cache and queries",
+    "prefill_ms": "the prompt without its last token, with the capture of cache and queries, until "
+    "the last layer's keys and values exist",
     "plan_ms": "from the captured prompt to an exact plan",
     "encode_ms": "encoding, on the prefill side's clock",
     "transfer_ms": "from the offer to the acknowledgement on the prefill side's clock, less "
@@ -191,7 +192,7 @@ class PrefillWorker(_Role):
         _required(self._sender, "served").pace(bytes_per_s)
 
     def time_layers(self, ids: list[int]) -> dict[str, Any]:
-        """A prefill and nothing else: when each layer's keys and values exist, and how long."""
+        """A prefill as `serve` does it, and nothing else: when each layer exists, and how long."""
         ready: list[float] = []
         started, computed = time.perf_counter(), time.thread_time()
         hf.capture(
