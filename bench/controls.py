@@ -112,12 +112,9 @@ def _row(
 def _shuffled(found: Route, count: int) -> list[Route]:
     """The same layers, policy and tokens together, in other places."""
     rng, layers = np.random.default_rng(0), found.layers
-    seen = {layers: None}
-    while len(seen) < count + 1:
-        seen[tuple(layers[i] for i in rng.permutation(len(layers)))] = None
-        if len(set(layers)) == 1:
-            break
-    return [Route(found.policy, found.tokens, each) for each in list(seen)[1:]]
+    tried = (tuple(layers[i] for i in rng.permutation(len(layers))) for _ in range(10 * count))
+    seen = dict.fromkeys([layers, *tried])
+    return [Route(found.policy, found.tokens, each) for each in list(seen)[1 : count + 1]]
 
 
 def _policies(found: Route) -> list[str]:

@@ -34,6 +34,13 @@ SECTIONS = {
     "docs/zoo.md": {"probes": zoo.probes, "remedies": zoo.remedies},
     "docs/zoo-evidence.md": {"models": zoo.models},
     "docs/vllm.md": {"faults": engine.faults, "ttft": engine.ttft},
+    "docs/polykv-evidence.md": {
+        "deep-provenance": lambda: quality.provenance("deep-routes"),
+        "deep-routes": lambda: routes.routes("tiny-deep"),
+        "deep-singles": lambda: routes.singles("tiny-deep"),
+        "deep-ruler": lambda: quality.ruler("deep-routes"),
+        "deep-recovery": lambda: routes.recovery("deep-routes-compare-recovery"),
+    },
     "docs/evidence.md": {
         "provenance": quality.provenance,
         "perplexity": quality.perplexity,

@@ -1,4 +1,4 @@
-"""The tables of docs/polykv.md."""
+"""The tables of docs/polykv.md and docs/polykv-evidence.md."""
 
 import json
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from bench.tables.cells import RESULTS, ROOT, table
 PROFILES = ROOT / "bench" / "profiles"
 
 
-def routes() -> list[str]:
+def routes(model: str = "tiny") -> list[str]:
     """The routes of a profile, as `kvprism calibrate` made them."""
-    profile = json.loads((PROFILES / "tiny-routes.json").read_text())
+    profile = json.loads((PROFILES / f"{model}-routes.json").read_text())
     heads = ["policy", "budget", "layers", "from"]
     lines = (
         f"| `{route['policy']}` | {route['tokens']}tok | {route['prefill']} | {route['note']} |"
@@ -33,5 +33,37 @@ def route_comparisons(name: str) -> list[str]:
             p = f"{c['p_holm']:.4f}"
             parts = [f"`{c['versus']}`", metric, c["n"], d, f"[{low}, {high}]", p]
             yield f"| {' | '.join(map(str, parts))} |"
+
+    return table(heads, lines())
+
+
+def singles(model: str) -> list[str]:
+    """Every whole policy's loss on the calibration documents, the least over all budgets first."""
+    report = json.loads((PROFILES / f"{model}-routes.report.json").read_text())
+    budgets = {f"{each['tokens']}tok": each["singles"] for each in report["budgets"]}
+    total = {p: sum(each[p] for each in budgets.values()) for p in report["budgets"][0]["singles"]}
+    lines = (
+        f"| `{policy}` | {' | '.join(f'{each[policy]:.3f}' for each in budgets.values())} "
+        f"| {total[policy]:.3f} |"
+        for policy in sorted(total, key=lambda policy: total[policy])
+    )
+    return table(["policy", *budgets, "sum"], lines)
+
+
+def recovery(name: str) -> list[str]:
+    """What a policy wins back of what others lose, over all budgets, for each subtask."""
+    heads = ["subtask", "n", "against", "won back, %", "95 % CI", "difference at each budget"]
+
+    def lines() -> Iterator[str]:
+        for r in json.loads((RESULTS / f"{name}.json").read_text()):
+            if r["metric"] != "exact_match":
+                continue
+            against = ", ".join(f"`{part}`" for part in r["versus"].split("+"))
+            share = interval = r["reason"] or ""
+            if r["value"] is not None:
+                share = f"{100 * r['value']:.1f}"
+                interval = f"[{100 * r['ci_low']:.1f}, {100 * r['ci_high']:.1f}]"
+            points = ", ".join(f"{100 * d:+.1f}" for d in r["differences"].values())
+            yield f"| {r['subtask']} | {r['n']} | {against} | {share} | {interval} | {points} |"
 
     return table(heads, lines())
