@@ -231,7 +231,7 @@ def recovery(
     ] = "snapkv",
     json: Json = None,
 ) -> None:
-    """How much of what others lose against raw one policy wins back, over all budgets together.
+    """How much of what others lose one policy wins back, over budgets.
 
     Of every metric whose best is raw's: the sum over budgets of policy minus other, over that of
     raw minus other, with a paired 95 % interval over documents.
@@ -248,7 +248,10 @@ def rows(
     records: Annotated[list[Path], typer.Argument(help="Files written by --records.")],
     json: Json = None,
 ) -> None:
-    """Tables and rows of records, finished or not: of documents that every arm has measured."""
+    """Tables and rows of records, of an unfinished run too.
+
+    Of the documents that every arm has measured.
+    """
     with console.one_line_errors(json):
         console.load("kvprism.commands.evaluate")
         from kvprism.commands.evaluate import load_and_show
