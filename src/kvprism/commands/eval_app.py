@@ -231,7 +231,7 @@ def recovery(
     ] = "snapkv",
     json: Json = None,
 ) -> None:
-    """How much of what others lose one policy wins back, over budgets.
+    """What one policy wins back of what others lose.
 
     Of every metric whose best is raw's: the sum over budgets of policy minus other, over that of
     raw minus other, with a paired 95 % interval over documents.
