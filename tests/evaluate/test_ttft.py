@@ -81,9 +81,10 @@ def test_requests_between_two_processes_are_timed_phase_by_phase() -> None:
         assert row["gain"] == pytest.approx(1 - row["ttft_p50_s"] / raw["ttft_p50_s"])
     equal = raw_equals_prefill_bits_per_s(rows)
     assert 8 * raw["wire_bytes"] / equal == pytest.approx(raw["prefill_alone_s"])
-    # The link that was asked for, to 0.1 Mbps.
-    assert all(row["raw_equals_prefill"] for row in rows)
-    assert all(abs(row["link_bits_per_s"] - equal) <= 5e4 for row in rows)
+    # Prefills before the repeats chose the link, to 0.1 Mbps; those between them gave the bound.
+    links = {row["link_bits_per_s"] for row in rows}
+    assert all(row["raw_equals_prefill"] for row in rows) and len(links) == 1
+    assert links.pop() % 100_000 == 0
 
 
 def measured(policy: str, fraction: float, overlap: bool) -> dict[str, object]:

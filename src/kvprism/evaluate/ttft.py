@@ -1,9 +1,9 @@
 """Time to first token between two processes over a link of a given speed, split into its phases.
 
-An arm's repeats take turns with the other arms' on the same link, so that what else the machine
-does meanwhile falls on all. Every time is on the clock that processes of a machine share: TTFT is
-from before the prefill in one process to the first token in the other, with no message of the
-parent in between.
+An arm's repeats take turns with the other arms' on the same link, and with prefills alone, from
+which the bound is computed: what else the machine does meanwhile falls on all. Every time is on the
+clock that processes of a machine share: TTFT is from before the prefill in one process to the first
+token in the other, with no message of the parent in between.
 """
 
 import os
@@ -36,7 +36,8 @@ DEFINITIONS = {
     "exposed_s": "from the end of the prefill to the whole cache on the decode side",
     "ttft_p50_s": "from before the prefill to the first token of the decode side; p95 as well",
     "second_token_s": "one more token: a decode step alone",
-    "bound_s": "what no system could beat on this link: t = 0; for each layer t = max(t, when its "
+    "bound_s": "what no system could beat on this link, from prefills alone that took turns with "
+    "the arms: t = 0; for each layer t = max(t, when its "
     "keys and values exist) + its bytes / link; plus one layer's encode and decode and one decode "
     "step; without overlap prefill + bytes / link in place of t",
     "break_even_bits_per_s": "the link on which encode and decode take what the saved bytes do; "
@@ -113,31 +114,34 @@ def run_ttft(
     drawn = random.Random(case.seed)
     ids = [drawn.randrange(vocabulary) for _ in range(case.context)]
     pair.ready()
-    bench = _Bench(pair, link, ids)
-    total = len(case.arms) * (WARM_UP + len(case.links) * case.repeats)
+    total = len(case.arms) * WARM_UP + PREFILLS
+    total += len(case.links) * case.repeats * (len(case.arms) + 1)
     done = 0
-    raw_nbytes = 0
-    for _ in range(WARM_UP):
-        for arm in case.arms:
-            warm = bench.sample(*arm)
-            raw_nbytes = raw_nbytes or warm["wire_bytes"]  # of the first arm
-            advance(done := done + 1, total)
-    alone = bench.prefills()
+
+    def counted(found: Row) -> Row:
+        nonlocal done
+        advance(done := done + 1, total)
+        return found
+
+    bench = _Bench(pair, link, ids)
+    warm = [counted(bench.sample(*arm)) for _ in range(WARM_UP) for arm in case.arms]
+    alone = [counted(bench.prefill()) for _ in range(PREFILLS)]
+    prefill_s = median(one["prefill_s"] for one in alone)
+    equal = round(8 * warm[0]["wire_bytes"] / prefill_s, -5)  # of raw, the first arm
     rows = []
-    equal = round(8 * raw_nbytes / alone["prefill_s"], -5)
     for wanted in case.links:
         bits_per_s = int(equal) if wanted is None else wanted
         bench.set_link(bits_per_s)
-        samples: dict[tuple[str, str | None], list[Row]] = {arm: [] for arm in case.arms}
+        alone, samples = [], [list[Row]() for _ in case.arms]
         for _ in range(case.repeats):
-            for arm in case.arms:
-                samples[arm].append(bench.sample(*arm))
-                advance(done := done + 1, total)
-        raw = _ttft_p50(samples[case.arms[0]])
-        for arm in case.arms:
-            found = _row(arm, samples[arm], bits_per_s, alone, raw)
-            said = {"context": case.context, "shaping": link.shaping}
-            rows.append({**said, "raw_equals_prefill": wanted is None, **found})
+            alone.append(counted(bench.prefill()))
+            for own, arm in zip(samples, case.arms, strict=True):
+                own.append(counted(bench.sample(*arm)))
+        raw_s = _ttft_p50(samples[0])
+        said = {"context": case.context, "shaping": link.shaping}
+        said["raw_equals_prefill"] = wanted is None
+        for arm, own in zip(case.arms, samples, strict=True):
+            rows.append({**said, **_row(arm, own, bits_per_s, _medians(alone), raw_s)})
     return rows
 
 
@@ -154,18 +158,9 @@ class _Bench:
         elif self._link.shaping == PACING:
             self._pair.call(self._pair.prefill, "pace", bytes_per_s=bits_per_s // 8)
 
-    def prefills(self) -> Row:
-        """Medians of prefills and nothing else: when each layer exists, and the whole."""
-        found = [
-            self._pair.call(self._pair.prefill, "time_layers", ids=self._ids)
-            for _ in range(PREFILLS)
-        ]
-        ready = zip(*(one["layer_ready_s"] for one in found), strict=True)
-        return {
-            "layer_ready_s": [median(each) for each in ready],
-            "prefill_s": median(one["prefill_s"] for one in found),
-            "prefill_cpu_s": median(one["prefill_cpu_s"] for one in found),
-        }
+    def prefill(self) -> Row:
+        """A prefill and nothing else: when each layer exists, and the whole."""
+        return {**self._pair.call(self._pair.prefill, "time_layers", ids=self._ids)}
 
     def sample(self, policy: str, budget: str | None) -> Row:
         arguments = {"ids": self._ids, "policy": policy, "budget": budget}
@@ -180,6 +175,16 @@ class _Bench:
             "ttft_s": restored["first_token_at"] - started,
             "exposed_s": restored["received_at"] - started - sent["prefill_s"],
         }
+
+
+def _medians(alone: Sequence[Row]) -> Row:
+    """Of prefills alone: of each layer's time, and of the whole."""
+    ready = zip(*(one["layer_ready_s"] for one in alone), strict=True)
+    return {
+        "layer_ready_s": [median(each) for each in ready],
+        "prefill_s": median(one["prefill_s"] for one in alone),
+        "prefill_cpu_s": median(one["prefill_cpu_s"] for one in alone),
+    }
 
 
 def _ttft_p50(samples: Sequence[Row]) -> float:
