@@ -1,9 +1,11 @@
 """The tables of docs/polykv.md and docs/polykv-evidence.md."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from statistics import median
 
-from bench.tables.cells import RESULTS, ROOT, table
+from bench.tables.cells import RESULTS, ROOT, Row, table
 
 PROFILES = ROOT / "bench" / "profiles"
 
@@ -67,3 +69,37 @@ def recovery(name: str) -> list[str]:
             yield f"| {r['subtask']} | {r['n']} | {against} | {share} | {interval} | {points} |"
 
     return table(heads, lines())
+
+
+def controls(name: str) -> list[str]:
+    """A route's loss on tasks held out, beside that of the same policies or layers elsewhere."""
+    kinds = ("inverse", "policies in other layers", "layers in other places", "one policy")
+    heads = ["policy", "budget", "the route", *kinds]
+
+    def lines() -> Iterator[str]:
+        rows = json.loads((RESULTS / f"{name}.json").read_text())
+        for (policy, tokens), own in groupby(rows, lambda row: (row["policy"], row["tokens"])):
+            losses: dict[str, list[Row]] = {}
+            for row in own:
+                losses.setdefault(row["kind"], []).append(row)
+            route = losses["route"][0]
+            others = [_beside(route, losses.get(kind, ())) for kind in kinds]
+            cells = [f"`{policy}`", f"{tokens}tok", _loss(route), *others]
+            yield f"| {' | '.join(cells)} |"
+
+    return table(heads, lines())
+
+
+def _loss(row: Row) -> str:
+    return f"{row['answer_nll']:.2f} ({100 * row['exact_match']:.0f} %)"
+
+
+def _beside(route: Row, others: Sequence[Row]) -> str:
+    """One of them as it is; of several the least, the median and the route's rank among all."""
+    if not others:
+        return "none"
+    if len(others) == 1:
+        return _loss(others[0])
+    found = sorted(row["answer_nll"] for row in others)
+    rank = 1 + sum(each < route["answer_nll"] for each in found)
+    return f"{found[0]:.2f}, {median(found):.2f}; rank {rank} of {len(found) + 1}"
