@@ -11,7 +11,8 @@ import fake_vllm
 import pytest
 import torch
 
-from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch, Unsupported
+from kvprism.codec import backend, cpu
+from kvprism.errors import BadInput, BudgetTooSmall, CodecError, ProfileMismatch, Unsupported
 from kvprism.integrations import tiny
 from kvprism.integrations.hf import load_config
 from kvprism.integrations.vllm.counts import COUNTS
@@ -247,6 +248,19 @@ def test_sliding_windows_are_refused_by_name(module: ModuleType, token_file: str
     config.model_config.hf_config.sliding_window = 128
     with pytest.raises(Unsupported, match="sliding window"):
         module.KVPrismConnector(config, fake_vllm.KVConnectorRole.WORKER, cache_config())
+
+
+def test_a_server_does_not_start_with_the_slow_codec_unless_told(
+    module: ModuleType, token_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra, roles = {"token_file": token_file, "listen": "127.0.0.1:0"}, fake_vllm.KVConnectorRole
+    config = engine_config("kv_consumer", extra)
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.raises(CodecError, match="was not compiled"):
+        module.KVPrismConnector(config, roles.WORKER, cache_config())
+    monkeypatch.setenv(backend.VARIABLE, backend.REFERENCE)
+    module.KVPrismConnector(config, roles.WORKER, cache_config())
 
 
 def test_untried_versions_are_refused_unless_a_flag_says_otherwise(

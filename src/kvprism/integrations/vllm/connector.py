@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from kvprism.codec.backend import refuse_slow
 from kvprism.core import KVShape
 from kvprism.errors import Unsupported
 from kvprism.integrations.families import fingerprint, shape_of, windows_of
@@ -46,10 +47,12 @@ class KVPrismConnector(KVConnectorBase_V1):
         BadInput: a wrong key in `kv_connector_extra_config`.
         Unsupported: a version, model, cache or parallel layout that was not tried.
         BudgetTooSmall: a budget that no prompt of this model could meet.
+        CodecError: no kernels were compiled, and nobody asked for the slow codec.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        refuse_slow()
         transfer = vllm_config.kv_transfer_config
         self._producer, self._consumer = transfer.is_kv_producer, transfer.is_kv_consumer
         self._config = ConnectorConfig.of(
