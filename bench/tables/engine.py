@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -61,8 +61,9 @@ def ttft() -> list[str]:
     if found is None:
         return ["Not measured yet: `scripts/bench-vllm --json bench/vllm/ttft.json`."]
     rows = {row["name"]: row for row in found["rows"]}
-    heads = ["connector", "p50 [quartiles]", "p95", "prefill p50", "decode alone p50"]
-    heads += ["bytes a prompt", "of 16 bits", "of raw", "n", "against Nixl", "against example"]
+    heads = ["connector", "p50 [quartiles]", "p95", "decode alone p50", "prefill p50", "after it"]
+    heads += ["bytes a prompt", "of 16 bits", "of raw", "n"]
+    heads += [f"{part}against {NAMES[other]}" for part in ("", "after it ") for other in OTHERS]
     heads += ["loses to Nixl above"]
 
     def line(row: Row) -> str:
@@ -70,10 +71,13 @@ def ttft() -> list[str]:
         low, middle, high, late = (1e3 * x for x in np.quantile(row["seconds"], QUANTILES))
         cells = [NAMES.get(row["name"], f"kvprism, {found['policy']} {row['name']}")]
         cells += [f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{late:.1f}"]
-        cells += [f"{1e3 * median(row[x]):.1f}" for x in ("prefill_seconds", "alone_seconds")]
+        times = (row["alone_seconds"], row["prefill_seconds"], after(row))
+        cells += [f"{1e3 * median(each):.1f}" for each in times]
         cells += [f"{own:,.0f}", f"{own / found['reference_bytes']:.4f}"]
         cells += [f"{own / wire(rows['raw']):.4f}" if "raw" in rows else "", str(row_n(row))]
-        cells += [difference(row, rows.get(name)) for name in OTHERS]
+        cells += [
+            difference(row, rows.get(other), part) for part in (whole, after) for other in OTHERS
+        ]
         cells.append(break_even(row, rows.get("nixl")))
         return f"| {' | '.join(cells)} |"
 
@@ -97,11 +101,22 @@ def wire(row: Row) -> float:
     return float(row["wire_bytes"] / row_n(row))
 
 
-def difference(row: Row, other: Row | None) -> str:
+def whole(row: Row) -> list[float]:
+    """Seconds from a prompt to decode's first token."""
+    return list(row["seconds"])
+
+
+def after(row: Row) -> list[float]:
+    """Seconds from prefill's answer to decode's first token, of each sample."""
+    pairs = zip(row["seconds"], row["prefill_seconds"], strict=True)
+    return [total - prefill for total, prefill in pairs]
+
+
+def difference(row: Row, other: Row | None, part: Callable[[Row], list[float]]) -> str:
     if other is None or other is row:
         return ""
-    low, high = interval(row["seconds"], other["seconds"])
-    middle = median(row["seconds"]) - median(other["seconds"])
+    low, high = interval(part(row), part(other))
+    middle = median(part(row)) - median(part(other))
     return f"{1e3 * middle:+.1f} [{1e3 * low:+.1f}, {1e3 * high:+.1f}]"
 
 
@@ -117,10 +132,11 @@ def interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
 
 
 def break_even(row: Row, other: Row | None) -> str:
-    """The link at which the bytes saved take as long as this arm took more on loopback."""
+    """The link at which the bytes saved take as long as this arm took more on loopback, after the
+    prefill: what comes before it is the same model on the same prompts."""
     if other is None or other is row:
         return ""
-    saved, more_s = wire(other) - wire(row), median(row["seconds"]) - median(other["seconds"])
+    saved, more_s = wire(other) - wire(row), median(after(row)) - median(after(other))
     if more_s <= 0:
         return "no link" if saved >= 0 else "slower links only"
     return speed(8 * saved / more_s) if saved > 0 else "every link"
