@@ -26,7 +26,7 @@ from kvprism.core import CONDITIONED_CODEC, DROP_CODEC, MAX_MENU, NATIVE_CODEC, 
 from kvprism.errors import CodecError
 from kvprism.layout import Plane, TierArray, rows_in
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = "cpu*.[ch]"
 LIBRARY = Path(__file__).with_name("libkvprism.so")
 # Below this a second thread costs more than it saves.
 MIN_NBYTES_PER_THREAD = 2**20
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where none were compiled.
 
     Raises:
-        CodecError: they are there, and cannot be loaded or were made from another cpu.c.
+        CodecError: they are there, and cannot be loaded or were made from other sources.
     """
     if not LIBRARY.exists():
         return None
@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:
         raise CodecError(f"the codec's kernels cannot be loaded: {error}; {way_out}") from error
     if made_from != source_hash():
-        raise CodecError(f"{LIBRARY} was made from another cpu.c; {way_out}")
+        raise CodecError(f"{LIBRARY} was made from another {SOURCES}; {way_out}")
     rows = (ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64)
     loaded.kvprism_count.argtypes = (*rows, ctypes.c_int64, _Counts)
     loaded.kvprism_encode.argtypes = loaded.kvprism_decode.argtypes = (*rows, _Counts)
@@ -95,8 +95,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def source_hash() -> str:
-    """What the library says of the cpu.c that it was made from (`scripts/build-codec`)."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    """What the library says of the sources that it was made from (`scripts/build-codec`)."""
+    paths = sorted(Path(__file__).parent.glob(SOURCES))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def suits(x: torch.Tensor, menu: Sequence[Tier], conditioned: Conditioned | None = None) -> bool:
