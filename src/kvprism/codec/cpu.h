@@ -39,7 +39,7 @@
 #define TILE 32          /* rows whose scales are computed together: divisions overlap */
 #define LINE 64          /* bytes that memory moves at once */
 #define STAGE 1024       /* bytes of a row that is streamed, at most */
-#define WIDEST 256       /* channels of a conditioned row, at most */
+#define WIDEST 256       /* channels of a row that is no plain one of kvp.nested/1, at most */
 #define LARGEST 65504.0f /* of float16 */
 
 enum dtype { BFLOAT16, FLOAT16, FLOAT32 };
@@ -49,10 +49,11 @@ enum kind { SKIP, NATIVE, EIGHT, FOUR, KINDS };
 typedef struct {
     uint8_t *rows; /* [head, token, channel]: `encode` reads it, `decode` writes it */
     const uint8_t *tiers;
-    uint8_t *native, *scale, *anchor, *residual;
+    uint8_t *native, *scale, *anchor, *residual, *byte;
     int64_t head_stride, token_stride;
     int64_t tier_head_stride, tier_token_stride;
     int64_t tokens, channels, itemsize;
+    int64_t group; /* channels of a row that share a scale: all of them, but in groups */
     int32_t dtype;
     int32_t large;    /* more bytes than the caches hold: `decode` may write around them */
     uint8_t kind[16]; /* of each tier of the menu */
@@ -118,14 +119,16 @@ INLINE float any_half_to_float(uint32_t half) {
     return float_of((uint32_t)((int32_t)(half << 16) >> 3) & 0x8fffe000) * 0x1p112f;
 }
 
-/* The smallest float16 that is not below x, for 0 <= x <= LARGEST. */
-INLINE uint32_t half_not_below(float x) {
-    uint32_t normal = (bits_of(x) - (112u << 23) + 0x1fff) >> 13;
+/* The float16 next to x that is not below it (up: 1) or not above it (0), for 0 <= x <= LARGEST. */
+INLINE uint32_t half_beside(float x, uint32_t up) {
+    uint32_t normal = (bits_of(x) - (112u << 23) + (0x1fff & -up)) >> 13;
     int32_t tiny = x < 0x1p-14f;
     float steps = float_of(either(tiny, bits_of(x), 0)) * 0x1p24f; /* of a subnormal one: exact */
     int32_t whole = (int32_t)steps;
-    return either(tiny, (uint32_t)whole + ((float)whole < steps), normal);
+    return either(tiny, (uint32_t)whole + (up & ((float)whole < steps)), normal);
 }
+
+INLINE uint32_t half_not_below(float x) { return half_beside(x, 1); }
 
 /* Nearest float16, halves to even; what is too large becomes inf. x is not NaN. */
 INLINE uint16_t float_to_half(float x) {
@@ -158,10 +161,13 @@ INLINE void store(void *row, int64_t i, int dtype, float x) {
     if (dtype == BFLOAT16) ((uint16_t *)row)[i] = (uint16_t)(nearest_bfloat(x) >> 16);
 }
 
+/* The bits of values that were written as float32. */
+typedef int32_t Pattern __attribute__((may_alias));
+
 /* max|x| as float32; inf or NaN when the row holds one. Bit patterns are ordered like sizes. */
 INLINE float absmax(const void *row, int64_t channels, int dtype) {
     if (dtype == FLOAT32) {
-        const int32_t *x = row;
+        const Pattern *x = row;
         int32_t most = 0;
         for (int64_t i = 0; i < channels; i++) {
             int32_t size = x[i] & 0x7fffffff;

@@ -1,4 +1,4 @@
-"""The nested code on the CPU at memory speed: `cpu.c`, called through ctypes.
+"""The nested code and the affine ones on the CPU at memory speed: `cpu*.c`, through ctypes.
 
 Bit for bit what `reference.py` does, and whatever the kernels refuse, the reference is asked to
 refuse, so that the words are its own. ctypes lets go of the interpreter lock during a call: shares
@@ -19,47 +19,56 @@ import numpy as np
 import torch
 
 from kvprism.codec import reference
+from kvprism.codec.affine import UNSOUND_NUMBER
 from kvprism.codec.condition import turns
 from kvprism.codec.planes import UNSOUND_SCALE
 from kvprism.codec.reference import Conditioned
-from kvprism.core import CONDITIONED_CODEC, DROP_CODEC, MAX_MENU, NATIVE_CODEC, NESTED_CODEC, Tier
+from kvprism.core import (
+    CONDITIONED_CODEC,
+    DROP_CODEC,
+    GROUPED_CODEC,
+    KEYS,
+    MAX_MENU,
+    NATIVE_CODEC,
+    NESTED_CODEC,
+    Tier,
+)
 from kvprism.errors import CodecError
-from kvprism.layout import Plane, TierArray, rows_in
+from kvprism.layout import Plane, Scales, TierArray, rows_in, scales_of
 
 SOURCES = "cpu*.[ch]"
 LIBRARY = Path(__file__).with_name("libkvprism.so")
 # Below this a second thread costs more than it saves.
 MIN_NBYTES_PER_THREAD = 2**20
-# Restored caches of this size are written around the processor's caches (`stream` of cpu.c);
+# Restored caches of this size are written around the processor's caches (`stream` of cpu.h);
 # smaller ones may still be there when they are read. Not asked of the machine: a virtual one may
 # say 256 MiB (sysconf) where it has 32.
 MIN_NBYTES_STREAMED = 2**26
-WIDEST_CONDITIONED = 256  # channels, as in cpu.c
+WIDEST = 256  # channels of a row that is no plain one of kvp.nested/1, as in cpu.h
 
-# As in cpu.c.
+# As in cpu.h.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SKIP, _NATIVE, _EIGHT, _FOUR = range(4)
+_CODECS = (NESTED_CODEC, CONDITIONED_CODEC, GROUPED_CODEC)
 _KINDS = {
     (DROP_CODEC, 0): _SKIP,
     (NATIVE_CODEC, 16): _NATIVE,
-    (NESTED_CODEC, 8): _EIGHT,
-    (NESTED_CODEC, 4): _FOUR,
-    (CONDITIONED_CODEC, 8): _EIGHT,
-    (CONDITIONED_CODEC, 4): _FOUR,
+    **{(codec, 8): _EIGHT for codec in _CODECS},
+    **{(codec, 4): _FOUR for codec in _CODECS},
 }
-_PLANES = (Plane.NATIVE, Plane.SCALE, Plane.ANCHOR, Plane.RESIDUAL)
+_PLANES = tuple(Plane)
 _Counts = ctypes.c_int64 * 4
 
 
 class _Block(ctypes.Structure):
-    """`Block` of cpu.c, field by field."""
+    """`Block` of cpu.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "tiers")),
         *((plane.name.lower(), ctypes.c_void_p) for plane in _PLANES),
         *((name, ctypes.c_int64) for name in ("head_stride", "token_stride")),
         *((name, ctypes.c_int64) for name in ("tier_head_stride", "tier_token_stride")),
-        *((name, ctypes.c_int64) for name in ("tokens", "channels", "itemsize")),
+        *((name, ctypes.c_int64) for name in ("tokens", "channels", "itemsize", "group")),
         ("dtype", ctypes.c_int32),
         ("large", ctypes.c_int32),
         ("kind", ctypes.c_uint8 * MAX_MENU),
@@ -88,8 +97,10 @@ def library() -> ctypes.CDLL | None:
         raise CodecError(f"{LIBRARY} was made from another {SOURCES}; {way_out}")
     rows = (ctypes.POINTER(_Block), ctypes.c_int64, ctypes.c_int64)
     loaded.kvprism_count.argtypes = (*rows, ctypes.c_int64, _Counts)
-    loaded.kvprism_encode.argtypes = loaded.kvprism_decode.argtypes = (*rows, _Counts)
-    loaded.kvprism_scales_are_sound.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+    for name in ("encode", "decode", "encode_affine", "decode_affine"):
+        getattr(loaded, f"kvprism_{name}").argtypes = (*rows, _Counts)
+    for name in ("scales", "numbers"):
+        getattr(loaded, f"kvprism_{name}_are_sound").argtypes = (ctypes.c_void_p, ctypes.c_int64)
     loaded.kvprism_count.restype = None
     return loaded
 
@@ -100,7 +111,12 @@ def source_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
-def suits(x: torch.Tensor, menu: Sequence[Tier], conditioned: Conditioned | None = None) -> bool:
+def suits(
+    x: torch.Tensor,
+    menu: Sequence[Tier],
+    conditioned: Conditioned | None = None,
+    component: str = KEYS,
+) -> bool:
     """Whether the kernels can read and write `x` `[head, token, channel]` in tiers of `menu`."""
     return (
         x.device.type == "cpu"
@@ -109,8 +125,25 @@ def suits(x: torch.Tensor, menu: Sequence[Tier], conditioned: Conditioned | None
         and x.stride(-1) == 1
         and x.data_ptr() % x.element_size() == 0
         and all((tier.codec, tier.bits) in _KINDS for tier in menu)
-        and (conditioned is None or x.shape[-1] <= WIDEST_CONDITIONED)
+        and (conditioned is None or x.shape[-1] <= WIDEST)
+        and _cuts(x.shape[-1], menu, conditioned, component)
     )
+
+
+def _cuts(
+    channels: int, menu: Sequence[Tier], conditioned: Conditioned | None, component: str
+) -> bool:
+    """Whether rows of so many channels can be cut into the groups of a menu's affine code."""
+    scales = _affine_scales(menu, component)
+    return scales is None or (
+        conditioned is None and channels <= WIDEST and channels % (scales.channels or 1) == 0
+    )
+
+
+def _affine_scales(menu: Sequence[Tier], component: str) -> Scales | None:
+    """What shares a scale and an offset, where a menu's code has offsets."""
+    found = (scales_of(tier.codec, component) for tier in menu)
+    return next((scales for scales in found if scales.numbers == 2), None)
 
 
 def encode_into(
@@ -120,6 +153,7 @@ def encode_into(
     planes: Mapping[Plane, memoryview],
     first: tuple[int, int] = (0, 0),
     conditioned: Conditioned | None = None,
+    component: str = KEYS,
     threads: int | None = None,
 ) -> None:
     """`reference.encode_into`, of tensors that `suits` accepts.
@@ -129,10 +163,10 @@ def encode_into(
     Raises:
         CodecError: as the reference, and for planes of other sizes than the tiers need.
     """
-    call = _Call(x, tier_of, menu, planes, conditioned, encode=True)
-    if not all(call.in_shares(_kernels().kvprism_encode, threads)) or not call.come_back():
-        reference.encode_into(x, tier_of, menu, planes, first, conditioned)
-        raise AssertionError("cpu.c refused a row that the reference takes")
+    call = _Call(x, tier_of, menu, planes, conditioned, component, encode=True)
+    if not all(call.in_shares(threads)) or not call.come_back():
+        reference.encode_into(x, tier_of, menu, planes, first, conditioned, component)
+        raise AssertionError("the kernels refused a row that the reference takes")
 
 
 def decode_into(
@@ -141,6 +175,7 @@ def decode_into(
     menu: Sequence[Tier],
     out: torch.Tensor,
     conditioned: Conditioned | None = None,
+    component: str = KEYS,
     threads: int | None = None,
 ) -> None:
     """`reference.decode_into`, into tensors that `suits` accepts, contiguous or not.
@@ -150,13 +185,12 @@ def decode_into(
     Raises:
         CodecError: as the reference, and for planes of other sizes than the tiers need.
     """
-    call = _Call(out, tier_of, menu, planes, conditioned, encode=False)
+    call = _Call(out, tier_of, menu, planes, conditioned, component, encode=False)
     call.check_scales()
-    if not all(call.in_shares(_kernels().kvprism_decode, threads)):
-        reference.decode_into(
-            planes, tier_of, menu, torch.zeros(out.shape, dtype=out.dtype), conditioned
-        )
-        raise AssertionError("cpu.c refused a row that the reference restores")
+    if not all(call.in_shares(threads)):
+        scratch = torch.zeros(out.shape, dtype=out.dtype)
+        reference.decode_into(planes, tier_of, menu, scratch, conditioned, component)
+        raise AssertionError("the kernels refused a row that the reference restores")
 
 
 def _kernels() -> ctypes.CDLL:
@@ -179,6 +213,7 @@ class _Call:
         menu: Sequence[Tier],
         planes: Mapping[Plane, memoryview],
         conditioned: Conditioned | None,
+        component: str,
         *,
         encode: bool,
     ) -> None:
@@ -186,6 +221,11 @@ class _Call:
             raise CodecError(f"tiers {tier_of.shape} do not fit rows {tuple(rows.shape)}")
         self._rows, self._tier_of, self._menu = rows, tier_of, menu
         self._conditioned = conditioned if Plane.SCALE in planes else None
+        self._affine = _affine_scales(menu, component)
+        work = "encode" if encode else "decode"
+        self._kernel: Callable[..., int] = getattr(
+            _kernels(), f"kvprism_{work}{'_affine' if self._affine else ''}"
+        )
         self._data = {plane: np.frombuffer(data, np.uint8) for plane, data in planes.items()}
         if encode and not all(data.flags.writeable for data in self._data.values()):
             raise CodecError("a plane to encode into is read-only")
@@ -197,6 +237,7 @@ class _Call:
         rows, tier_of, conditioned = self._rows, self._tier_of, self._conditioned
         itemsize = rows.element_size()
         rotate = conditioned is not None and conditioned.conditioning.rotate
+        group = (self._affine and self._affine.channels) or rows.shape[2]
         return _Block(
             rows.data_ptr(),
             tier_of.ctypes.data,
@@ -206,6 +247,7 @@ class _Call:
             *tier_of.strides,
             *rows.shape[1:],
             itemsize,
+            group,
             _DTYPES[rows.dtype],
             rows.numel() * itemsize >= MIN_NBYTES_STREAMED,
             (ctypes.c_uint8 * MAX_MENU)(*(_KINDS[tier.codec, tier.bits] for tier in self._menu)),
@@ -223,12 +265,14 @@ class _Call:
         channels, itemsize = self._rows.shape[2], self._rows.element_size()
         if channels % 2 or sum(counts) != self._tier_of.size:
             raise CodecError("an odd number of channels, or a tier beyond the menu")
-        quantised, half = counts[_EIGHT] + counts[_FOUR], channels // 2
+        native, eight, four = counts[_NATIVE], counts[_EIGHT], counts[_FOUR]
+        scale_nbytes, half = (self._affine or Scales()).nbytes(1, channels), channels // 2
         needed = {
-            Plane.NATIVE: counts[_NATIVE] * channels * itemsize,
-            Plane.SCALE: quantised * 2,
-            Plane.ANCHOR: quantised * half,
-            Plane.RESIDUAL: counts[_EIGHT] * half,
+            Plane.NATIVE: native * channels * itemsize,
+            Plane.SCALE: (eight + four) * scale_nbytes,
+            Plane.ANCHOR: (four if self._affine else eight + four) * half,
+            Plane.RESIDUAL: 0 if self._affine else eight * half,
+            Plane.BYTE: eight * channels if self._affine else 0,
         }
         given = {plane: data.size for plane, data in self._data.items()}
         if given != {plane: size for plane, size in needed.items() if size or plane in given}:
@@ -239,8 +283,12 @@ class _Call:
         scale = self._data.get(Plane.SCALE)
         if scale is None:
             return
-        if not _kernels().kvprism_scales_are_sound(scale.ctypes.data, scale.size // 2):
-            raise CodecError(UNSOUND_SCALE)
+        kernels, at = _kernels(), scale.ctypes.data
+        if self._affine is None:
+            if not kernels.kvprism_scales_are_sound(at, scale.size // 2):
+                raise CodecError(UNSOUND_SCALE)
+        elif not kernels.kvprism_numbers_are_sound(at, scale.size // 4):
+            raise CodecError(UNSOUND_NUMBER)
 
     def come_back(self) -> bool:
         """Whether all rows that were conditioned and encoded are within their dtype again."""
@@ -252,17 +300,17 @@ class _Call:
         fits = self._conditioned.come_back(scale, self._rows.dtype)
         return bool(fits[quantised].all())
 
-    def in_shares(self, kernel: Callable[..., int], threads: int | None) -> list[int]:
-        """What `kernel` returns for each share of the rows, in threads when there are several."""
+    def in_shares(self, threads: int | None) -> list[int]:
+        """What the kernel returns for each share of the rows, in threads when there are several."""
         n, nbytes = self._tier_of.size, self._rows.numel() * self._rows.element_size()
         wanted = torch.get_num_threads() if threads is None else threads
         shares = max(1, min(wanted, nbytes // MIN_NBYTES_PER_THREAD, n))
         if shares == 1:
-            return [kernel(self._block, 0, n, _Counts())]
+            return [self._kernel(self._block, 0, n, _Counts())]
         ends = [n * i // shares for i in range(shares + 1)]
         before = self._before(ends)
         pool = _pool(os.getpid(), shares)
-        return list(pool.map(kernel, [self._block] * shares, ends[:-1], ends[1:], before))
+        return list(pool.map(self._kernel, [self._block] * shares, ends[:-1], ends[1:], before))
 
     def _before(self, ends: Sequence[int]) -> list[Any]:
         """Rows of each kind that stand before each share."""
@@ -272,7 +320,7 @@ class _Call:
 
 
 def _tables(conditioned: Conditioned | None, *, undo: bool) -> tuple[torch.Tensor, ...] | None:
-    """float32 cosines, sines, offsets and divisors as `Block` of cpu.c points to them."""
+    """float32 cosines, sines, offsets and divisors as `Block` of cpu.h points to them."""
     if conditioned is None:
         return None
     given = conditioned.conditioning
