@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 # Rows whose groups lie in one half of a row, in both and across; rows beside the vectors' lengths.
 CHANNELS = {
     "grouped": [32, 64, 96, 128, 160, 256],
+    "affine": [2, 6, 16, 32, 34, 64, 100, 128, 256],
 }
 CASES = [(name, channels) for name, widths in CHANNELS.items() for channels in widths]
 PREFIX = 3  # bytes before a plane, so that none is aligned

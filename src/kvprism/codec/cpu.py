@@ -24,6 +24,7 @@ from kvprism.codec.condition import turns
 from kvprism.codec.planes import UNSOUND_SCALE
 from kvprism.codec.reference import Conditioned
 from kvprism.core import (
+    AFFINE_CODEC,
     CONDITIONED_CODEC,
     DROP_CODEC,
     GROUPED_CODEC,
@@ -49,7 +50,7 @@ WIDEST = 256  # channels of a row that is no plain one of kvp.nested/1, as in cp
 # As in cpu.h.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SKIP, _NATIVE, _EIGHT, _FOUR = range(4)
-_CODECS = (NESTED_CODEC, CONDITIONED_CODEC, GROUPED_CODEC)
+_CODECS = (NESTED_CODEC, CONDITIONED_CODEC, AFFINE_CODEC, GROUPED_CODEC)
 _KINDS = {
     (DROP_CODEC, 0): _SKIP,
     (NATIVE_CODEC, 16): _NATIVE,
