@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 CHANNELS = {
     "grouped": [32, 64, 96, 128, 160, 256],
     "affine": [2, 6, 16, 32, 34, 64, 100, 128, 256],
+    "hadamard": [2, 4, 8, 16, 32, 64, 128, 256],
 }
 CASES = [(name, channels) for name, widths in CHANNELS.items() for channels in widths]
 PREFIX = 3  # bytes before a plane, so that none is aligned
@@ -206,6 +207,6 @@ def test_planes_of_another_size_are_never_touched(
 
 
 def test_what_the_kernels_cannot_cut_is_left_to_the_reference() -> None:
-    assert not cpu.suits(torch.zeros(1, 1, 48), MENUS["grouped"])
-    assert not cpu.suits(torch.zeros(1, 1, cpu.WIDEST + 32), MENUS["grouped"])
+    for name, channels in (("grouped", 48), ("hadamard", 48), ("affine", cpu.WIDEST + 2)):
+        assert not cpu.suits(torch.zeros(1, 1, channels), MENUS[name])
     assert not any(cpu.suits(torch.zeros(1, 1, 64), menu) for menu in ONE_WIDTH_MENUS.values())

@@ -209,13 +209,54 @@ INLINE int32_t narrow(const float *x, int64_t channels, int32_t dtype, uint8_t *
     return 1;
 }
 
+/* ---- the Walsh-Hadamard transform, each addition as condition.py has it ---- */
+
+/* x + y, and x - y in the lanes of `minus`: to subtract is to add with the other sign. */
+INLINE Floats added(Floats x, Floats y, Words minus) { return x + (Floats)((Words)y ^ minus); }
+
+/* The butterflies of widths 1, 2 and 4. */
+INLINE Floats narrow_butterflies(Floats x) {
+    const uint32_t m = 0x80000000u;
+    x = added(PICK(Ints, x, x, 0, 0, 2, 2, 4, 4, 6, 6), PICK(Ints, x, x, 1, 1, 3, 3, 5, 5, 7, 7),
+              (Words){0, m, 0, m, 0, m, 0, m});
+    x = added(PICK(Ints, x, x, 0, 1, 0, 1, 4, 5, 4, 5), PICK(Ints, x, x, 2, 3, 2, 3, 6, 7, 6, 7),
+              (Words){0, 0, m, m, 0, 0, m, m});
+    return added(PICK(Ints, x, x, 0, 1, 2, 3, 0, 1, 2, 3), PICK(Ints, x, x, 4, 5, 6, 7, 4, 5, 6, 7),
+                 (Words){0, 0, 0, 0, m, m, m, m});
+}
+
+/* The butterflies of one width; in vectors, of widths from 8 on. */
+INLINE void butterflies(float *x, int64_t channels, int64_t width) {
+    for (int64_t i = 0; i < channels; i += 2 * width)
+        for (int64_t j = i; j < i + width; j++) {
+            float first = x[j], second = x[j + width];
+            x[j] = first + second, x[j + width] = first - second;
+        }
+}
+
+INLINE void wide_butterflies(float *x, int64_t channels, int64_t width) {
+    for (int64_t i = 0; i < channels; i += 2 * width)
+        for (int64_t j = i; j < i + width; j += 8) {
+            Floats first, second, sum, difference;
+            GET(first, x + j);
+            GET(second, x + j + width);
+            sum = first + second, difference = first - second;
+            PUT(x + j, sum);
+            PUT(x + j + width, difference);
+        }
+}
+
+/* channels: a power of two. */
 INLINE void hadamard(float *x, int64_t channels, float normal) {
-    for (int64_t width = 1; width < channels; width *= 2)
-        for (int64_t i = 0; i < channels; i += 2 * width)
-            for (int64_t j = i; j < i + width; j++) {
-                float first = x[j], second = x[j + width];
-                x[j] = first + second, x[j + width] = first - second;
-            }
+    if (channels < 8)
+        for (int64_t width = 1; width < channels; width *= 2) butterflies(x, channels, width);
+    for (int64_t i = 0; i + 8 <= channels; i += 8) {
+        Floats eight;
+        GET(eight, x + i);
+        eight = narrow_butterflies(eight);
+        PUT(x + i, eight);
+    }
+    for (int64_t width = 8; width < channels; width *= 2) wide_butterflies(x, channels, width);
     for (int64_t i = 0; i < channels; i++) x[i] *= normal;
 }
 

@@ -28,6 +28,7 @@ from kvprism.core import (
     CONDITIONED_CODEC,
     DROP_CODEC,
     GROUPED_CODEC,
+    HADAMARD_CODEC,
     KEYS,
     MAX_MENU,
     NATIVE_CODEC,
@@ -50,7 +51,7 @@ WIDEST = 256  # channels of a row that is no plain one of kvp.nested/1, as in cp
 # As in cpu.h.
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SKIP, _NATIVE, _EIGHT, _FOUR = range(4)
-_CODECS = (NESTED_CODEC, CONDITIONED_CODEC, AFFINE_CODEC, GROUPED_CODEC)
+_CODECS = (NESTED_CODEC, CONDITIONED_CODEC, AFFINE_CODEC, HADAMARD_CODEC, GROUPED_CODEC)
 _KINDS = {
     (DROP_CODEC, 0): _SKIP,
     (NATIVE_CODEC, 16): _NATIVE,
@@ -136,9 +137,11 @@ def _cuts(
 ) -> bool:
     """Whether rows of so many channels can be cut into the groups of a menu's affine code."""
     scales = _affine_scales(menu, component)
-    return scales is None or (
-        conditioned is None and channels <= WIDEST and channels % (scales.channels or 1) == 0
-    )
+    if scales is None:
+        return True
+    rotates = any(tier.codec == HADAMARD_CODEC for tier in menu)
+    whole = channels & (channels - 1) == 0 if rotates else channels % (scales.channels or 1) == 0
+    return conditioned is None and channels <= WIDEST and whole
 
 
 def _affine_scales(menu: Sequence[Tier], component: str) -> Scales | None:
@@ -235,9 +238,8 @@ class _Call:
         self._check_planes(self._count(0, tier_of.size))
 
     def _as_block(self) -> _Block:
-        rows, tier_of, conditioned = self._rows, self._tier_of, self._conditioned
+        rows, tier_of = self._rows, self._tier_of
         itemsize = rows.element_size()
-        rotate = conditioned is not None and conditioned.conditioning.rotate
         group = (self._affine and self._affine.channels) or rows.shape[2]
         return _Block(
             rows.data_ptr(),
@@ -253,8 +255,13 @@ class _Call:
             rows.numel() * itemsize >= MIN_NBYTES_STREAMED,
             (ctypes.c_uint8 * MAX_MENU)(*(_KINDS[tier.codec, tier.bits] for tier in self._menu)),
             *(table.data_ptr() for table in self._tables or [torch.empty(0)] * 4),
-            rows.shape[-1] ** -0.5 if rotate else 0.0,
+            rows.shape[-1] ** -0.5 if self._rotates() else 0.0,
         )
+
+    def _rotates(self) -> bool:
+        given = self._conditioned
+        rotates = given is not None and given.conditioning.rotate
+        return rotates or any(tier.codec == HADAMARD_CODEC for tier in self._menu)
 
     def _count(self, first: int, last: int) -> Any:
         counts = _Counts()

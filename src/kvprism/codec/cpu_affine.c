@@ -264,6 +264,8 @@ EXPORT EVERY_CPU int32_t kvprism_encode_affine(const Block *block, int64_t first
 EXPORT EVERY_CPU int32_t kvprism_decode_affine(const Block *block, int64_t first, int64_t last,
                                                const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
-#define DECODE(group, dtype, rotate) decode_rows(block, first, last, at, group, dtype, rotate)
+/* A float16 loop of known length would be unrolled, and then not be vectorised. */
+#define DECODE(size, type, rotate) \
+    decode_rows(block, first, last, at, (type) == FLOAT16 ? block->group : (size), type, rotate)
     return BY_DTYPE(DECODE);
 }
