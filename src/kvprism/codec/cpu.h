@@ -225,7 +225,26 @@ INLINE Floats narrow_butterflies(Floats x) {
                  (Words){0, 0, 0, 0, m, m, m, m});
 }
 
-/* The butterflies of one width; in vectors, of widths from 8 on. */
+/* Those of two widths more, at four places that far from each other; narrow: of 1, 2 and 4 before. */
+INLINE void four_butterflies(float *x, int64_t width, int narrow) {
+    Floats a, b, c, d;
+    GET(a, x);
+    GET(b, x + width);
+    GET(c, x + 2 * width);
+    GET(d, x + 3 * width);
+    if (narrow) {
+        a = narrow_butterflies(a), b = narrow_butterflies(b);
+        c = narrow_butterflies(c), d = narrow_butterflies(d);
+    }
+    Floats ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+    a = ab + cd, b = a_b + c_d, c = ab - cd, d = a_b - c_d;
+    PUT(x, a);
+    PUT(x + width, b);
+    PUT(x + 2 * width, c);
+    PUT(x + 3 * width, d);
+}
+
+/* Those of one width. */
 INLINE void butterflies(float *x, int64_t channels, int64_t width) {
     for (int64_t i = 0; i < channels; i += 2 * width)
         for (int64_t j = i; j < i + width; j++) {
@@ -234,29 +253,14 @@ INLINE void butterflies(float *x, int64_t channels, int64_t width) {
         }
 }
 
-INLINE void wide_butterflies(float *x, int64_t channels, int64_t width) {
-    for (int64_t i = 0; i < channels; i += 2 * width)
-        for (int64_t j = i; j < i + width; j += 8) {
-            Floats first, second, sum, difference;
-            GET(first, x + j);
-            GET(second, x + j + width);
-            sum = first + second, difference = first - second;
-            PUT(x + j, sum);
-            PUT(x + j + width, difference);
-        }
-}
-
 /* channels: a power of two. */
 INLINE void hadamard(float *x, int64_t channels, float normal) {
-    if (channels < 8)
-        for (int64_t width = 1; width < channels; width *= 2) butterflies(x, channels, width);
-    for (int64_t i = 0; i + 8 <= channels; i += 8) {
-        Floats eight;
-        GET(eight, x + i);
-        eight = narrow_butterflies(eight);
-        PUT(x + i, eight);
-    }
-    for (int64_t width = 8; width < channels; width *= 2) wide_butterflies(x, channels, width);
+    int64_t width = channels < 32 ? 1 : 32;
+    for (int64_t i = 0; i + 32 <= channels; i += 32) four_butterflies(x + i, 8, 1);
+    for (; width >= 32 && 2 * width < channels; width *= 4)
+        for (int64_t i = 0; i < channels; i += 4 * width)
+            for (int64_t j = i; j < i + width; j += 8) four_butterflies(x + j, width, 0);
+    for (; width < channels; width *= 2) butterflies(x, channels, width);
     for (int64_t i = 0; i < channels; i++) x[i] *= normal;
 }
 

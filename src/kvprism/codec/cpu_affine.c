@@ -230,12 +230,13 @@ INLINE int32_t decode_rows(const Block *given, int64_t first, int64_t last, Curs
     return sound;
 }
 
+/* A float16 loop of known length would be unrolled, and then not be vectorised. */
 #define BY_GROUP(call, dtype) \
     (block->group == GROUP ? call(GROUP, dtype, 0) : call(block->channels, dtype, 0))
 #define BY_DTYPE(call)                                           \
     (block->normal > 0           ? call(block->channels, FLOAT32, 1) \
      : block->dtype == BFLOAT16 ? BY_GROUP(call, BFLOAT16)       \
-     : block->dtype == FLOAT16  ? BY_GROUP(call, FLOAT16)        \
+     : block->dtype == FLOAT16  ? call(block->group, FLOAT16, 0) \
                                  : BY_GROUP(call, FLOAT32))
 
 /* ---- what cpu.py calls ---- */
@@ -264,8 +265,6 @@ EXPORT EVERY_CPU int32_t kvprism_encode_affine(const Block *block, int64_t first
 EXPORT EVERY_CPU int32_t kvprism_decode_affine(const Block *block, int64_t first, int64_t last,
                                                const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
-/* A float16 loop of known length would be unrolled, and then not be vectorised. */
-#define DECODE(size, type, rotate) \
-    decode_rows(block, first, last, at, (type) == FLOAT16 ? block->group : (size), type, rotate)
+#define DECODE(group, dtype, rotate) decode_rows(block, first, last, at, group, dtype, rotate)
     return BY_DTYPE(DECODE);
 }
