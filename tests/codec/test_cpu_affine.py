@@ -25,7 +25,9 @@ CHANNELS = {
     "grouped": [32, 64, 96, 128, 160, 256],
     "affine": [2, 6, 16, 32, 34, 64, 100, 128, 256],
     "hadamard": [2, 4, 8, 16, 32, 64, 128, 256],
+    "kivi": [32, 96, 128],  # of values; without a tier of 8 bits, in whose place tokens are dropped
 }
+ALL = MENUS | ONE_WIDTH_MENUS
 CASES = [(name, channels) for name, widths in CHANNELS.items() for channels in widths]
 PREFIX = 3  # bytes before a plane, so that none is aligned
 
@@ -40,7 +42,7 @@ def blocks_of_any_size_are_shared() -> Iterator[None]:
 
 
 def buffers(tier_of: TierArray, name: str, x: torch.Tensor) -> Planes:
-    sizes = plane_nbytes(tier_of, MENUS[name], x.shape[-1], x.element_size(), "v")
+    sizes = plane_nbytes(tier_of, ALL[name], x.shape[-1], x.element_size(), "v")
     return {
         p: memoryview(bytearray(b"\xaa" * (size + PREFIX)))[PREFIX:] for p, size in sizes.items()
     }
@@ -57,9 +59,9 @@ def done(codec: Any, work: str, *given: Any, **own: Any) -> str:
 
 def check_encode(x: torch.Tensor, tier_of: TierArray, name: str, threads: int = 1) -> Planes:
     """Both codecs write the same planes or say the same; the planes of the kernels."""
-    assert cpu.suits(x, MENUS[name], None, "v")
+    assert cpu.suits(x, ALL[name], None, "v")
     ours, theirs = buffers(tier_of, name, x), buffers(tier_of, name, x)
-    given = (x, tier_of, MENUS[name])
+    given = (x, tier_of, ALL[name])
     expected = done(reference, "encode_into", *given, theirs, (5, 70))
     assert done(cpu, "encode_into", *given, ours, (5, 70), threads=threads) == expected
     if not expected:
@@ -72,7 +74,7 @@ def check_decode(
 ) -> None:
     """Both codecs restore the same bits or say the same."""
     ours, theirs = torch.full_like(like, 7.0), torch.full_like(like, 7.0)
-    given = (planes, tier_of, MENUS[name])
+    given = (planes, tier_of, ALL[name])
     expected = done(reference, "decode_into", *given, theirs)
     assert done(cpu, "decode_into", *given, ours, threads=threads) == expected
     if not expected:
@@ -81,7 +83,7 @@ def check_decode(
 
 @st.composite
 def blocks(draw: st.DrawFn) -> tuple[torch.Tensor, TierArray, str]:
-    """Rows of any magnitude, on either side of zero or both; rows without a spread; signed zeros."""
+    """Rows of any magnitude, on either side of zero or both; rows without a spread; -0."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     name, channels = draw(st.sampled_from(CASES))
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 40)), channels)
@@ -127,7 +129,7 @@ def test_any_bits_are_encoded_or_refused_as_by_the_reference(
 def test_any_planes_are_decoded_or_refused_as_by_the_reference(
     seed: int, case: tuple[str, int], dtype: str, largest: int
 ) -> None:
-    """largest: the pattern below which scales and offsets lie, so that more or fewer are refused."""
+    """largest: the pattern below which scales and offsets lie, so that more or fewer fail."""
     rng, (name, channels) = np.random.default_rng(seed), case
     tier_of = rng.integers(0, 4, (2, 5)).astype(np.uint8)
     like = torch.zeros(2, 5, channels, dtype=DTYPES[dtype])
@@ -179,14 +181,14 @@ def test_a_part_of_a_larger_tensor_is_read_and_written_in_place(
     shared = np.broadcast_to(np.array([[INT8, INT4, NATIVE, DROP] * 20], np.uint8), (2, 80))
     planes = check_encode(part, shared, name)
     decoded, expected = torch.full((2, 80, 64), 7.0).bfloat16(), torch.full_like(whole, 7.0)
-    reference.decode_into(planes, shared, MENUS[name], decoded, component="v")
+    reference.decode_into(planes, shared, ALL[name], decoded, component="v")
     expected[1:3, 5:85] = decoded
     out = torch.full_like(whole, 7.0)
-    cpu.decode_into(planes, shared, MENUS[name], out[1:3, 5:85], component="v", threads=2)
+    cpu.decode_into(planes, shared, ALL[name], out[1:3, 5:85], component="v", threads=2)
     assert same_bits(out, expected)
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("name", sorted(MENUS.keys() & CHANNELS))
 @pytest.mark.parametrize("plane", [Plane.NATIVE, Plane.SCALE, Plane.ANCHOR, Plane.BYTE])
 @pytest.mark.parametrize("change", [-1, 1, None])
 def test_planes_of_another_size_are_never_touched(
@@ -200,8 +202,8 @@ def test_planes_of_another_size_are_never_touched(
     else:
         planes[plane] = memoryview(bytearray(len(planes[plane]) + change))
     for said in (
-        done(cpu, "encode_into", x, tier_of, MENUS[name], planes),
-        done(cpu, "decode_into", planes, tier_of, MENUS[name], x),
+        done(cpu, "encode_into", x, tier_of, ALL[name], planes),
+        done(cpu, "decode_into", planes, tier_of, ALL[name], x),
     ):
         assert "need planes" in said
 
@@ -209,4 +211,5 @@ def test_planes_of_another_size_are_never_touched(
 def test_what_the_kernels_cannot_cut_is_left_to_the_reference() -> None:
     for name, channels in (("grouped", 48), ("hadamard", 48), ("affine", cpu.WIDEST + 2)):
         assert not cpu.suits(torch.zeros(1, 1, channels), MENUS[name])
-    assert not any(cpu.suits(torch.zeros(1, 1, 64), menu) for menu in ONE_WIDTH_MENUS.values())
+    for name in ("published", "fp8", "kivi"):
+        assert not cpu.suits(torch.zeros(1, 1, 64), ALL[name], component="k")

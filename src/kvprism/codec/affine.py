@@ -8,7 +8,7 @@
   tokens of one channel, of values 32 channels of a row.
 
 Per group of values x, with n = 15 or 255 levels above the lowest, in float32:
-1. low = min(x), -0 as 0, rounded *down* to float16; s = (max(x) - low) / n, rounded *up* to float16.
+1. low = min(x), -0 as 0, rounded *down* to float16; s = (max(x) - low) / n, rounded *up* to it.
 2. q = round_half_even((x - low) * (1 / s)) in [0, n]; q = 0 where s = 0.
 3. q decodes to q * s + low, with two roundings.
 """

@@ -30,6 +30,7 @@ from kvprism.core import (
     GROUPED_CODEC,
     HADAMARD_CODEC,
     KEYS,
+    KIVI_CODEC,
     MAX_MENU,
     NATIVE_CODEC,
     NESTED_CODEC,
@@ -56,7 +57,7 @@ _KINDS = {
     (DROP_CODEC, 0): _SKIP,
     (NATIVE_CODEC, 16): _NATIVE,
     **{(codec, 8): _EIGHT for codec in _CODECS},
-    **{(codec, 4): _FOUR for codec in _CODECS},
+    **{(codec, 4): _FOUR for codec in (*_CODECS, KIVI_CODEC)},
 }
 _PLANES = tuple(Plane)
 _Counts = ctypes.c_int64 * 4
@@ -141,7 +142,8 @@ def _cuts(
         return True
     rotates = any(tier.codec == HADAMARD_CODEC for tier in menu)
     whole = channels & (channels - 1) == 0 if rotates else channels % (scales.channels or 1) == 0
-    return conditioned is None and channels <= WIDEST and whole
+    # Scales of a channel of several tokens, as KIVI's keys have them, are left to the reference.
+    return conditioned is None and scales.tokens == 1 and channels <= WIDEST and whole
 
 
 def _affine_scales(menu: Sequence[Tier], component: str) -> Scales | None:
