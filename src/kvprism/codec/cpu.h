@@ -53,7 +53,7 @@ typedef struct {
     int64_t head_stride, token_stride;
     int64_t tier_head_stride, tier_token_stride;
     int64_t tokens, channels, itemsize;
-    int64_t group; /* channels of a row that share a scale: all of them, but in groups */
+    int64_t group; /* channels of a row that share a scale: all, 32, or 1 where rows share it */
     int32_t dtype;
     int32_t large;    /* more bytes than the caches hold: `decode` may write around them */
     uint8_t kind[16]; /* of each tier of the menu */

@@ -142,8 +142,7 @@ def _cuts(
         return True
     rotates = any(tier.codec == HADAMARD_CODEC for tier in menu)
     whole = channels & (channels - 1) == 0 if rotates else channels % (scales.channels or 1) == 0
-    # Scales of a channel of several tokens, as KIVI's keys have them, are left to the reference.
-    return conditioned is None and scales.tokens == 1 and channels <= WIDEST and whole
+    return conditioned is None and channels <= WIDEST and whole
 
 
 def _affine_scales(menu: Sequence[Tier], component: str) -> Scales | None:
@@ -276,10 +275,10 @@ class _Call:
         if channels % 2 or sum(counts) != self._tier_of.size:
             raise CodecError("an odd number of channels, or a tier beyond the menu")
         native, eight, four = counts[_NATIVE], counts[_EIGHT], counts[_FOUR]
-        scale_nbytes, half = (self._affine or Scales()).nbytes(1, channels), channels // 2
+        half = channels // 2
         needed = {
             Plane.NATIVE: native * channels * itemsize,
-            Plane.SCALE: (eight + four) * scale_nbytes,
+            Plane.SCALE: self._scales_nbytes(eight + four),
             Plane.ANCHOR: (four if self._affine else eight + four) * half,
             Plane.RESIDUAL: 0 if self._affine else eight * half,
             Plane.BYTE: eight * channels if self._affine else 0,
@@ -287,6 +286,14 @@ class _Call:
         given = {plane: data.size for plane, data in self._data.items()}
         if given != {plane: size for plane, size in needed.items() if size or plane in given}:
             raise CodecError(f"the tiers need planes of {needed} bytes, got {given}")
+
+    def _scales_nbytes(self, quantised: int) -> int:
+        scales, (heads, tokens, channels) = self._affine or Scales(), self._rows.shape
+        if scales.tokens == 1:
+            return scales.nbytes(quantised, channels)
+        # What rows share begins anew in every head.
+        counts = [self._count(head * tokens, (head + 1) * tokens) for head in range(heads)]
+        return sum(scales.nbytes(count[_EIGHT] + count[_FOUR], channels) for count in counts)
 
     def check_scales(self) -> None:
         """Raises `CodecError` as the reference does."""
@@ -314,6 +321,8 @@ class _Call:
         """What the kernel returns for each share of the rows, in threads when there are several."""
         n, nbytes = self._tier_of.size, self._rows.numel() * self._rows.element_size()
         wanted = torch.get_num_threads() if threads is None else threads
+        if self._affine is not None and self._affine.tokens > 1:
+            wanted = 1  # where a share's scales begin is known only when those before are counted
         shares = max(1, min(wanted, nbytes // MIN_NBYTES_PER_THREAD, n))
         if shares == 1:
             return [self._kernel(self._block, 0, n, _Counts())]

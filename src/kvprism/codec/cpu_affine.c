@@ -1,7 +1,8 @@
 /* The affine codes at memory speed; codec/affine.py is the definition, docs/format.md section 6 the text.
  *
  * A group of `block->group` channels has a scale and an offset of its own: 32 in kvp.affine-g32/1, all
- * of a row in the others. In kvp.affine-hadamard/1 (`block->normal`) rows are transformed first.
+ * of a row in the others. In kvp.affine-hadamard/1 (`block->normal`) rows are transformed first. In the
+ * keys of kvp.kivi/1 it is 1: there TILE quantised rows of a head share the numbers of a channel.
  */
 #include "cpu.h"
 
@@ -64,9 +65,8 @@ INLINE void extremes(const void *row, int64_t n, int dtype, float *least, float 
     *least = load(&low, 0, dtype), *most = load(&high, 0, dtype);
 }
 
-/* Offsets and scales of all groups of a tile, and what codes are made with. */
-INLINE void numbers_of(Tile *tile) {
-    int64_t n = tile->n * tile->groups;
+/* Offsets and scales of the first n groups of a tile, and what codes are made with. */
+INLINE void numbers_of(Tile *tile, int64_t n) {
     /* A bound that is no constant: unrolled, the loop would not be vectorised. */
     for (int64_t i = 0; i < ((n + 7) & ~7); i++) {
         float least = tile->least[i] + 0.0f, most = tile->most[i] + 0.0f; /* -0 becomes 0 */
@@ -83,10 +83,13 @@ INLINE void numbers_of(Tile *tile) {
 
 /* At 1.5 * 2^23 a float32 step is 1: adding it rounds, halves to even. The scale was rounded up, so that
  * no code exceeds its levels: what the two roundings before add is far below a half. */
+INLINE uint8_t code(float x, float base, float inverse) {
+    return (uint8_t)bits_of((x - base) * inverse + 12582912.0f);
+}
+
 INLINE void encode_group(const uint8_t *restrict row, int64_t n, int dtype, float base,
                          float inverse, uint8_t *restrict codes) {
-    for (int64_t i = 0; i < n; i++)
-        codes[i] = (uint8_t)bits_of((load(row, i, dtype) - base) * inverse + 12582912.0f);
+    for (int64_t i = 0; i < n; i++) codes[i] = code(load(row, i, dtype), base, inverse);
 }
 
 /* 0 when a value is beyond the dtype: of the others, no scale and offset of float16 come so far. */
@@ -137,7 +140,7 @@ INLINE int32_t push(Tile *tile, const Block *block, const uint8_t *row, int eigh
 INLINE void flush(Tile *tile, Cursor *at, const Block *block, int64_t group, int dtype) {
     uint8_t codes[WIDEST];
     int64_t channels = block->channels, size = dtype == FLOAT32 ? 4 : 2;
-    numbers_of(tile);
+    numbers_of(tile, tile->n * tile->groups);
     size_t nbytes = (size_t)(tile->n * tile->groups * NUMBERS);
     if (nbytes) memcpy(at->scale, tile->numbers, nbytes);
     at->scale += nbytes;
@@ -230,6 +233,91 @@ INLINE int32_t decode_rows(const Block *given, int64_t first, int64_t last, Curs
     return sound;
 }
 
+/* ---- groups of rows: KIVI's keys ---- */
+
+INLINE void flush_rows(Tile *tile, Cursor *at, int64_t channels, int dtype) {
+    float *least = tile->least, *most = tile->most;
+    for (int64_t c = 0; c < channels; c++) least[c] = LARGEST, most[c] = -LARGEST;
+    for (int64_t r = 0; r < tile->n; r++)
+        for (int64_t c = 0; c < channels; c++) {
+            float x = load(tile->row[r], c, dtype);
+            least[c] = x < least[c] ? x : least[c], most[c] = x > most[c] ? x : most[c];
+        }
+    for (int64_t c = 0; c < channels; c++) tile->levels[c] = 15;
+    numbers_of(tile, channels);
+    memcpy(at->scale, tile->numbers, (size_t)(channels * NUMBERS));
+    at->scale += channels * NUMBERS;
+    const float *base = tile->base, *inverse = tile->inverse;
+    int64_t half = channels / 2;
+    for (int64_t r = 0; r < tile->n; r++, at->anchor += half)
+        for (int64_t i = 0, j = half; i < half; i++, j++) {
+            uint8_t low = code(load(tile->row[r], i, dtype), base[i], inverse[i]);
+            uint8_t high = code(load(tile->row[r], j, dtype), base[j], inverse[j]);
+            at->anchor[i] = (uint8_t)(low | high << 4);
+        }
+    tile->n = 0;
+}
+
+/* Rows of whole heads; 0 when no scale can hold one of them. */
+INLINE int32_t encode_by_channel(const Block *given, int64_t first, int64_t last, Cursor at,
+                                 int dtype) {
+    const Block block = *given;
+    Walk walk = row_at(&block, first / block.tokens, 0);
+    int64_t channels = block.channels, native = channels * block.itemsize;
+    Tile tile = {.n = 0};
+    for (int64_t i = first; i < last; i++, step(&walk, &block)) {
+        int kind = kind_of(&block, &walk);
+        if (tile.n == TILE || (tile.n && !walk.token)) flush_rows(&tile, &at, channels, dtype);
+        if (kind == NATIVE) {
+            memcpy(at.native, walk.row, (size_t)native);
+            at.native += native;
+        } else if (kind != SKIP) {
+            if (!(absmax(walk.row, channels, dtype) <= LARGEST / 2)) return 0;
+            tile.row[tile.n++] = walk.row;
+        }
+    }
+    if (tile.n) flush_rows(&tile, &at, channels, dtype);
+    return 1;
+}
+
+/* 0, with rows half restored, when a value is beyond the dtype. */
+INLINE int32_t decode_by_channel(const Block *given, int64_t first, int64_t last, Cursor at,
+                                 int dtype) {
+    const Block block = *given;
+    Walk walk = row_at(&block, first / block.tokens, 0);
+    int64_t half = block.channels / 2, nbytes = block.channels * block.itemsize, left = 0;
+    float scale[WIDEST], base[WIDEST];
+    int32_t beyond = 0;
+    for (int64_t i = first; i < last && !beyond; i++, step(&walk, &block)) {
+        int kind = kind_of(&block, &walk);
+        if (!walk.token) left = 0;
+        if (kind == NATIVE) {
+            memcpy(walk.row, at.native, (size_t)nbytes);
+            at.native += nbytes;
+        } else if (kind != SKIP) {
+            if (!left) {
+                for (int64_t c = 0; c < 2 * half; c++)
+                    scale[c] = next_number(&at), base[c] = next_number(&at);
+                left = TILE;
+            }
+            for (int64_t c = 0, d = half; c < half; c++, d++) {
+                float low = (float)(at.anchor[c] & 15) * scale[c] + base[c];
+                float high = (float)(at.anchor[c] >> 4) * scale[d] + base[d];
+                if (dtype == FLOAT16) beyond |= (low > LARGEST) | (high > LARGEST);
+                store(walk.row, c, dtype, low);
+                store(walk.row, d, dtype, high);
+            }
+            at.anchor += half, left--;
+        }
+    }
+    return !beyond;
+}
+
+#define BY_CHANNEL(call)                                           \
+    (block->dtype == BFLOAT16  ? call(block, first, last, at, BFLOAT16) \
+     : block->dtype == FLOAT16 ? call(block, first, last, at, FLOAT16)  \
+                               : call(block, first, last, at, FLOAT32))
+
 /* A float16 loop of known length would be unrolled, and then not be vectorised. */
 #define BY_GROUP(call, dtype) \
     (block->group == GROUP ? call(GROUP, dtype, 0) : call(block->channels, dtype, 0))
@@ -258,7 +346,7 @@ EXPORT EVERY_CPU int32_t kvprism_encode_affine(const Block *block, int64_t first
                                                const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
 #define ENCODE(group, dtype, rotate) encode_rows(block, first, last, at, group, dtype, rotate)
-    return BY_DTYPE(ENCODE);
+    return block->group == 1 ? BY_CHANNEL(encode_by_channel) : BY_DTYPE(ENCODE);
 }
 
 /* As kvprism_decode of cpu.c. */
@@ -266,5 +354,5 @@ EXPORT EVERY_CPU int32_t kvprism_decode_affine(const Block *block, int64_t first
                                                const int64_t before[KINDS]) {
     Cursor at = cursor_at(block, before);
 #define DECODE(group, dtype, rotate) decode_rows(block, first, last, at, group, dtype, rotate)
-    return BY_DTYPE(DECODE);
+    return block->group == 1 ? BY_CHANNEL(decode_by_channel) : BY_DTYPE(DECODE);
 }
