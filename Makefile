@@ -20,7 +20,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP := .venv/set-up
 TINY := $(shell find kvprism-tiny -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
-KERNELS := hatch_build.py scripts/build-codec src/kvprism/codec/cpu.c
+KERNELS := hatch_build.py scripts/build-codec $(wildcard src/kvprism/codec/cpu*.[ch])
 
 .PHONY: setup demo test check clean test-vllm test-vllm-faults demo-vllm
 

@@ -23,7 +23,7 @@ class Kernels(BuildHookInterface):
             return
         script = Path(self.root) / "scripts" / "build-codec"
         if subprocess.run([sys.executable, str(script)]).returncode:
-            # What an earlier cpu.c left must not be taken for this one's.
+            # What earlier sources left must not be taken for these ones'.
             (Path(self.root) / LIBRARY).unlink(missing_ok=True)
             self.app.display_warning("kvprism without C kernels: see `kvprism doctor`")
             return

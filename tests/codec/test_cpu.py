@@ -443,7 +443,7 @@ def test_kernels_that_are_broken_or_old_say_so(
         fresh()
     monkeypatch.undo()
     monkeypatch.setattr(cpu, "source_hash", lambda: "another")
-    with pytest.raises(CodecError, match=r"made from another cpu\.c"):
+    with pytest.raises(CodecError, match=r"made from another cpu\*"):
         fresh()
 
 

@@ -8,7 +8,7 @@
   tokens of one channel, of values 32 channels of a row.
 
 Per group of values x, with n = 15 or 255 levels above the lowest, in float32:
-1. low = min(x), rounded *down* to float16; s = (max(x) - low) / n, rounded *up* to float16.
+1. low = min(x), -0 as 0, rounded *down* to float16; s = (max(x) - low) / n, rounded *up* to it.
 2. q = round_half_even((x - low) * (1 / s)) in [0, n]; q = 0 where s = 0.
 3. q decodes to q * s + low, with two roundings.
 """
@@ -33,6 +33,9 @@ from kvprism.errors import CodecError
 from kvprism.layout import Plane, Scales, scales_of
 
 CODECS = (AFFINE_CODEC, HADAMARD_CODEC, GROUPED_CODEC, KIVI_CODEC)
+UNSOUND_NUMBER = (
+    "a scale is negative or a number is not finite: the planes were not made by this codec"
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Affine:
         planes: Mapping[Plane, memoryview],
     ) -> None:
         """Write the scale, anchor and byte planes."""
-        rows = hadamard(rows) if self.rotate else rows
+        # Of -0 and 0, which is the least would depend on the order in which a group is looked at.
+        rows = (hadamard(rows) if self.rotate else rows) + 0.0
         groups, levels = self._grouped(rows, per_head), self._grouped(_levels(bits, rows), per_head)
         low = -round_up(-groups.amin(dim=-1)).float()
         scale = round_up((groups.amax(dim=-1) - low) / levels[..., 0])
@@ -105,10 +109,7 @@ class Affine:
         numbers = read(planes[Plane.SCALE], torch.float16).float().view(*groups.shape[:2], 2)
         scale, low = numbers.unbind(dim=-1)
         if not bool((numbers.isfinite().all(dim=-1) & (scale >= 0)).all()):
-            raise CodecError(
-                "a scale is negative or a number is not finite: the planes were not made by this "
-                "codec"
-            )
+            raise CodecError(UNSOUND_NUMBER)
         values = groups * scale[..., None] + low[..., None]
         rows = self._ungrouped(values, per_head, codes)
         return hadamard(rows) if self.rotate else rows

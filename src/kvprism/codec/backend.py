@@ -67,8 +67,8 @@ def encode_into(
 ) -> None:
     """`reference.encode_into`, by whichever codec is selected and suits."""
     x = x.cpu()
-    if selected() == CPU and cpu.suits(x, menu, conditioned):
-        cpu.encode_into(x, tier_of, menu, planes, first, conditioned)
+    if selected() == CPU and cpu.suits(x, menu, conditioned, component):
+        cpu.encode_into(x, tier_of, menu, planes, first, conditioned, component)
     else:
         reference.encode_into(x, tier_of, menu, planes, first, conditioned, component)
 
@@ -82,8 +82,8 @@ def decode_into(
     component: str = KEYS,
 ) -> None:
     """`reference.decode_into`, by whichever codec is selected and suits; `out` of any strides."""
-    if selected() == CPU and cpu.suits(out, menu, conditioned):
-        cpu.decode_into(planes, tier_of, menu, out, conditioned)
+    if selected() == CPU and cpu.suits(out, menu, conditioned, component):
+        cpu.decode_into(planes, tier_of, menu, out, conditioned, component)
         return
     # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
     dense = out if out.is_contiguous() else torch.zeros_like(out).contiguous()
