@@ -38,7 +38,9 @@ Q_HEADS = 2 * HEADS
 def save_of(both: Ends, start: int = 0, stop: int = N, **changes: object) -> Save:
     assert both.config.decode_address is not None
     last = stop == N
-    return Save("p", BINDING, both.config.decode_address, FROM, start, stop, last, **changes)
+    return Save(
+        "p", BINDING, both.config.decode_address, FROM, start, stop, last, (0, N), **changes
+    )
 
 
 def test_a_layer_leaves_while_the_next_is_computed(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_a_layer_leaves_while_the_next_is_computed(tmp_path: Path) -> None:
     with ends(tmp_path, send="layer") as both, Tap(both.consumer.addresses[0]) as tap:
         both.expect()
         kept = both.source.gather(0, FROM, 0, N)
-        save = Save("p", BINDING, tap.address, FROM, 0, N, True)
+        save = Save("p", BINDING, tap.address, FROM, 0, N, True, (0, N))
         both.producer.save_layer([save], 0, NO_SLOTS)
         settled(both.sent, "early_layers")
         assert LAYER_NBYTES < len(tap.recorded) < 2 * LAYER_NBYTES
@@ -77,7 +79,7 @@ def test_chunks_and_requests_share_a_step(tmp_path: Path) -> None:
         both.consumer.inbox.expect(Load("e", binding, (1, 2, 3), 0, N))
         address = both.config.decode_address
         assert address is not None
-        other = Save("q", binding, address, blocks, 0, N, True)
+        other = Save("q", binding, address, blocks, 0, N, True, (0, N))
         for saves in ([save_of(both, 0, 40)], [save_of(both, 40), other]):
             for layer in range(LAYERS):
                 both.producer.save_layer(saves, layer, NO_SLOTS)
