@@ -48,7 +48,7 @@ def test_every_byte_is_planned_and_within_the_budget(data: st.DataObject) -> Non
     budget = None if policy == "int8" else Budget(needed + more)
     chosen = planned(kv, policy, budget, chunk, options=options)
     stream = encode(kv, chosen)
-    assert chosen.nbytes == len(stream)
+    assert chosen.nbytes == len(stream) >= chosen.base_nbytes
     assert budget is None or len(stream) <= budget.nbytes
     final = Plan(chosen.layers, chosen.menu, chosen.split)
     assert same_cache(decode(stream), decode(encode(kv, final)))
@@ -119,6 +119,23 @@ def test_rows_that_no_code_can_hold_are_native_from_the_beginning() -> None:
     assert chosen.nbytes == len(encode(kv, chosen)) <= 0.5 * kv.shape().reference_nbytes
     got = decode(encode(kv, chosen))
     assert all(torch.isinf(la.components["k"][:, 10]).all() for la in got.layers)
+
+
+def test_layers_with_a_window_begin_within_a_chunk() -> None:
+    long, short = cache(layers=1, tokens=120, channels=64), cache(tokens=47, start=73, channels=64)
+    kv = RequestKV((long.layers[0], short.layers[1]), 120)
+    planner = ChunkPlanner(kv.shape(), "spectrum", 0.5, chunk=32)
+    for low, high in ranges(0, 120, 32):
+        for layer in kv.layers:
+            start = max(low, int(layer.positions[0]))
+            if start < high:
+                planner.base(layer.part(start, high))
+    chosen = planner.plan(view_of(kv))
+    stream = encode(kv, chosen)
+    assert chosen.nbytes == len(stream) <= 0.5 * kv.shape().reference_nbytes
+    assert chosen.cuts == (0, 32, 64, 96, 120)
+    final = Plan(chosen.layers, chosen.menu, chosen.split)
+    assert same_cache(decode(stream), decode(encode(kv, final)))
 
 
 def test_too_many_of_them_end_the_request_before_the_budget_is_passed() -> None:

@@ -5,7 +5,7 @@ native and the others in the family's smallest tier, which is 4 bits; what the b
 into upgrades of the tokens that rank first. All of it counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -112,11 +112,20 @@ class ChunkPlanner:
             raise ShapeMismatch(f"{own} is no part of {shape}")
         part = self._pinned(kv, part_of(self._provisional[kv.layer_id], own.token_range))
         part.check_drops(self.menu, self._capability)
+        self._take(part)
+        return part
+
+    def _take(self, part: LayerPlan) -> None:
         nbytes, n = layer_nbytes(part, self.menu, self.split, self._sequence)
         self._refuse_above_budget(self._nbytes + nbytes, self._sequence + n)
         self._parts.append(part)
         self._nbytes, self._sequence = self._nbytes + nbytes, self._sequence + n
-        return part
+
+    def dry(self, chunk: int) -> StagedPlan:
+        """A dry run, in place of `base` and `plan`: most recent tokens first."""
+        for part in self._expected_parts(chunk):
+            self._take(part)
+        return self.plan(())
 
     def plan(self, views: Sequence[LayerView], importance: str | None = None) -> StagedPlan:
         """All that was sent and will be; views: of the whole prompt.
@@ -132,10 +141,15 @@ class ChunkPlanner:
         final = provisional
         if self._row.budgeted and not self.missed:
             final = self._solved(provisional, views)
-        cuts = sorted({bound for part in self._parts for bound in part.shape.token_range})
         return StagedPlan(
-            final, self.menu, self.split, self._policy, provisional=provisional, cuts=tuple(cuts)
+            final, self.menu, self.split, self._policy, provisional=provisional, cuts=self._cuts()
         )
+
+    def _cuts(self) -> tuple[int, ...]:
+        """Where chunks ended: a layer with a window may begin in the middle of one."""
+        longest = max(self.shape.layers, key=lambda layer: layer.n_tokens)
+        own = [p.shape for p in self._parts if p.shape.layer_id == longest.layer_id]
+        return tuple(sorted({bound for shape in own for bound in shape.token_range}))
 
     def _check_codecs(self) -> None:
         codecs = self._capability.codecs
@@ -169,16 +183,20 @@ class ChunkPlanner:
             tier_of[name] = np.where(rows & coded, np.uint8(NATIVE_INDEX), tiers)
         return LayerPlan(part.shape, tier_of)
 
-    def _provisional_size(self, chunk: int | None) -> tuple[int, int]:
-        """Bytes and manifests, unless rows must be pinned; of one part where chunk is unknown."""
-        nbytes, sequence = self._nbytes, 0
+    def _expected_parts(self, chunk: int | None) -> Iterator[LayerPlan]:
+        """The parts to come, unless rows must be pinned; one each where the chunk is unknown."""
         start = min(layer.token_range[0] for layer in self.shape.layers)
         for low, high in ranges(start, self.shape.next_position, chunk):
             for layer in self._provisional.values():
                 if (tokens := within(layer.shape, low, high)) is not None:
-                    part = part_of(layer, tokens)
-                    more, n = layer_nbytes(part, self.menu, self.split, sequence)
-                    nbytes, sequence = nbytes + more, sequence + n
+                    yield part_of(layer, tokens)
+
+    def _provisional_size(self, chunk: int | None) -> tuple[int, int]:
+        """Bytes and manifests of those."""
+        nbytes, sequence = self._nbytes, 0
+        for part in self._expected_parts(chunk):
+            more, n = layer_nbytes(part, self.menu, self.split, sequence)
+            nbytes, sequence = nbytes + more, sequence + n
         return nbytes, sequence
 
     def _refuse_above_budget(self, nbytes: int, sequence: int) -> None:

@@ -266,6 +266,7 @@ def plan(
     ] = "1Gbps,10Gbps,100Gbps",
     codec: Codec = "nested",
     profile: ProfileFile = None,
+    chunk: Chunk = None,
     json: Json = None,
 ) -> None:
     """Dry run: bytes per tier, smallest budget, time on a link.
@@ -276,7 +277,7 @@ def plan(
         console.load("kvprism.commands.dry_run")
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
-        result = dry_run(model, policy, budget, tokens, link, codec, profile)
+        result = dry_run(model, policy, budget, tokens, link, codec, profile, chunk)
         show_dry_run(result)
         console.write_json(json, result)
 

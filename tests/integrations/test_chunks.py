@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import N_PROMPT, tokens
 
-from kvprism.errors import BadInput, BudgetTooSmall
+from kvprism.errors import BadInput
 from kvprism.integrations import hf
 from kvprism.integrations.chunks import capture_chunks
 from kvprism.integrations.roles import DecodeWorker, PrefillWorker
@@ -62,10 +62,7 @@ def test_workers_send_a_prompt_in_chunks_and_go_on_with_it() -> None:
         )
         assert sent["wire_bytes"] == received.result()["wire_bytes"]
         assert sent["fraction"] <= 0.4 and sent["base_bytes"] < sent["wire_bytes"]
+        assert prefill._plan is not None and sent["base_bytes"] == prefill._plan.base_nbytes
         assert sent["tiers"]["native"] == 4 and sent["tiers"]["int8"] > 0
         assert sum(sent["tiers"].values()) == len(IDS) - 1
         assert decode.generate(IDS, 2, ignore_eos=True)["text"]
-        with pytest.raises(BudgetTooSmall):
-            prefill.send_chunks(
-                decode.address(), ids=IDS, policy="spectrum", budget="20%", chunk=100
-            )

@@ -40,7 +40,7 @@ def error(both: Ends) -> torch.Tensor:
 
 
 def test_a_chunk_leaves_before_the_prompt_is_whole_and_the_rest_follows(tmp_path: Path) -> None:
-    with ends(tmp_path, PATIENT, send="upgrade", policy="spectrum", budget=0.4) as both:
+    with ends(tmp_path, PATIENT, send="upgrade", policy="spectrum", budget=0.6) as both:
         both.expect()
         both.save(0, 40, last=False)
         counted = settled(both.sent, "early_chunks")
@@ -50,7 +50,7 @@ def test_a_chunk_leaves_before_the_prompt_is_whole_and_the_rest_follows(tmp_path
         assert both.finished() == set()
         counted = settled(both.sent, "parts_sent")
         assert counted["parts_sent"] == 1 and "budget_misses" not in counted
-        assert counted["wire_bytes"] <= 0.4 * counted["reference_bytes"]
+        assert counted["wire_bytes"] <= 0.6 * counted["reference_bytes"]
         assert settled(both.got, "parts_received")["received_bytes"] == counted["wire_bytes"]
         assert error(both)[:4].max() == 0 and error(both).max() < 0.2
         assert set(counted) >= {"tokens:native", "tokens:int8", "tokens:int4"}
@@ -58,7 +58,7 @@ def test_a_chunk_leaves_before_the_prompt_is_whole_and_the_rest_follows(tmp_path
 
 def test_captured_queries_say_what_is_upgraded(tmp_path: Path) -> None:
     """All queries of the last step are the key of token 30, far from both ends."""
-    settings = {"send": "upgrade", "policy": "spectrum", "budget": 0.36}
+    settings = {"send": "upgrade", "policy": "spectrum", "budget": "floor+0.06"}
     with ends(tmp_path, PATIENT, importance="attention", **settings) as both:
         both.expect()
         for start, stop in ((0, 40), (40, N)):
@@ -80,7 +80,7 @@ def test_captured_queries_say_what_is_upgraded(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_given_up_costs_nothing_but_its_connection(tmp_path: Path) -> None:
-    with ends(tmp_path, PATIENT, send="upgrade", policy="spectrum", budget=0.4) as both:
+    with ends(tmp_path, PATIENT, send="upgrade", policy="spectrum", budget=0.6) as both:
         both.save(0, 40, last=False)
         settled(both.sent, "early_chunks")
         both.producer.forget({"p"})

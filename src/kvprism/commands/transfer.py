@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprism.chunkwise import ChunkPlanner
 from kvprism.codec import backend
 from kvprism.commands import console
-from kvprism.commands.dry_run import plan_without_prompt
+from kvprism.commands.dry_run import plan_in_chunks, plan_without_prompt
 from kvprism.errors import AuthenticationFailed, BadInput, Unsupported
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
@@ -69,7 +68,7 @@ def _check_plan(
     """Every error that needs no weights, before minutes of work."""
     shape, given = hf.shape_of(hf.load_config(model), len(ids) - 1), PlanOptions(**options)
     if chunk is not None:
-        ChunkPlanner(shape, policy, budget, chunk=chunk, options=given, profile=profile)
+        plan_in_chunks(shape, policy, budget, given, profile, chunk)
         return
     code_of(shape, policy, given, profile)
     plan_without_prompt(shape, policy, budget, given, profile)

@@ -131,11 +131,11 @@ class Courier:
             chunks.append(item)
             if not part.computed:
                 self._counts.add(early_chunks=1)
-        kv, views = joined(chunks, item)
+        whole, views = joined(chunks, item)
         started = time.perf_counter()
         planned = planner.plan(views, item.importance)
         plan_s = time.perf_counter() - started
-        transfer.send_upgrades(kv, planned)
+        transfer.send_upgrades(whole, planned)
         sent = transfer.finish()
         if planner.missed:
             self._counts.add(budget_misses=1)
