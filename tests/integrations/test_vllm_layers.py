@@ -149,19 +149,23 @@ def test_an_attention_that_cannot_be_asked_is_refused_by_name() -> None:
         QueryTap({3: Sealed()})
 
 
-@pytest.mark.parametrize("send", ["request", "layer"])
-def test_what_the_last_queries_attend_to_is_sent_best(tmp_path: Path, send: str) -> None:
+@pytest.mark.parametrize(
+    ("send", "budget"), [("request", 0.5), ("layer", 0.5), ("upgrade", "floor+0.10")]
+)
+def test_what_the_last_queries_attend_to_is_sent_best(
+    tmp_path: Path, send: str, budget: float | str
+) -> None:
     """Twelve keys in the middle are what the queries look for; position would send them in INT4."""
     wanted = torch.arange(30, 42)
-    policy = "spectrum" if send == "request" else "spectrum-layer"
-    settings = {"policy": policy, "budget": 0.5, "importance": "attention", "send": send}
-    with ends(tmp_path, **settings) as both:
+    policy = "spectrum-layer" if send == "layer" else "spectrum"
+    settings = {"policy": policy, "budget": budget, "importance": "attention", "send": send}
+    with ends(tmp_path, {"transfer_timeout_s": 20.0}, **settings) as both:
         direction = torch.randn(CHANNELS)
         blocks, at = torch.tensor(FROM)[wanted // SLOTS], wanted % SLOTS
         for keys, _ in both.source.layers.values():
             keys[blocks, :, at] += 4 * direction
         both.expect()
-        for start, stop in ((0, 45), (45, N)) if send == "request" else ((0, N),):
+        for start, stop in ((0, N),) if send == "layer" else ((0, 45), (45, N)):
             step([save_of(both, start, stop)], both, direction)
         assert both.finished() == set()
         sent, got = both.source.gather(0, FROM, 0, N)[0], both.target.gather(0, TO, 0, N)[0]

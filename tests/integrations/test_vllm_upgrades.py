@@ -6,14 +6,10 @@ import pytest
 import torch
 from vllm_ends import (
     BINDING,
-    CHANNELS,
     FROM,
-    HEADS,
     LAYERS,
-    SLOTS,
     TO,
     Ends,
-    FakeAttention,
     N,
     ends,
     settled,
@@ -26,8 +22,6 @@ from kvprism.integrations.vllm.config import ConnectorConfig
 from kvprism.integrations.vllm.scheduler import Load, Save
 
 PATIENT = {"transfer_timeout_s": 20.0}
-Q_HEADS = 2 * HEADS
-SLOT_OF = [FROM[i // SLOTS] * SLOTS + i % SLOTS for i in range(N)]
 
 
 def error(both: Ends) -> torch.Tensor:
@@ -54,29 +48,6 @@ def test_a_chunk_leaves_before_the_prompt_is_whole_and_the_rest_follows(tmp_path
         assert settled(both.got, "parts_received")["received_bytes"] == counted["wire_bytes"]
         assert error(both)[:4].max() == 0 and error(both).max() < 0.2
         assert set(counted) >= {"tokens:native", "tokens:int8", "tokens:int4"}
-
-
-def test_captured_queries_say_what_is_upgraded(tmp_path: Path) -> None:
-    """All queries of the last step are the key of token 30, far from both ends."""
-    settings = {"send": "upgrade", "policy": "spectrum", "budget": "floor+0.06"}
-    with ends(tmp_path, PATIENT, importance="attention", **settings) as both:
-        both.expect()
-        for start, stop in ((0, 40), (40, N)):
-            slots = torch.tensor(SLOT_OF[start:stop])
-            save = Save(
-                "p", BINDING, both.config.decode_address, FROM, start, stop, stop == N, (0, N)
-            )  # fmt: skip
-            for layer in range(LAYERS):
-                key = both.source.gather(layer, FROM, 0, N)[0][:, 30]
-                query = 4 * key.repeat_interleave(2, dim=0).expand(stop - start, Q_HEADS, CHANNELS)
-                attention: FakeAttention = both.attention[layer]
-                attention.forward(None, query, torch.zeros_like(query))
-                both.producer.save_layer([save], layer, slots)
-            both.producer.save([save])
-        assert both.finished() == set()
-        errors = error(both)
-        assert errors[30] < 0.02 < errors[20:30].min() and errors[31:40].min() > 0.02
-        assert "without_queries" not in settled(both.sent, "parts_sent")
 
 
 def test_a_prompt_that_is_given_up_costs_nothing_but_its_connection(tmp_path: Path) -> None:
