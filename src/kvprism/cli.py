@@ -14,6 +14,7 @@ from kvprism.commands.options import (
     AllowRemote,
     BudgetText,
     CacheDtype,
+    Chunk,
     Codec,
     DecodeBudget,
     First,
@@ -106,6 +107,7 @@ def run(
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
+    chunk: Chunk = None,
     new_tokens: NewTokens = 32,
     save: Annotated[
         Path | None, typer.Option("--save", help="Also save the stream here, mode 0600.")
@@ -135,6 +137,7 @@ def run(
                 save=save,
                 say=say,
                 profile=profile,
+                chunk=chunk,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -157,6 +160,7 @@ def prefill(
     cache_dtype: CacheDtype = "bfloat16",
     seed: Seed = 0,
     tokens: First = None,
+    chunk: Chunk = None,
     decode_policy: SideDecodePolicy = "full",
     allow_remote: AllowRemote = False,
     json: Json = None,
@@ -181,6 +185,7 @@ def prefill(
                 say=say,
                 profile=profile,
                 decode_policy=decode_policy,
+                chunk=chunk,
             )
         show_transfer(result)
         console.write_json(json, result)
@@ -261,6 +266,7 @@ def plan(
     ] = "1Gbps,10Gbps,100Gbps",
     codec: Codec = "nested",
     profile: ProfileFile = None,
+    chunk: Chunk = None,
     json: Json = None,
 ) -> None:
     """Dry run: bytes per tier, smallest budget, time on a link.
@@ -271,7 +277,7 @@ def plan(
         console.load("kvprism.commands.dry_run")
         from kvprism.commands.dry_run import dry_run, show_dry_run
 
-        result = dry_run(model, policy, budget, tokens, link, codec, profile)
+        result = dry_run(model, policy, budget, tokens, link, codec, profile, chunk)
         show_dry_run(result)
         console.write_json(json, result)
 

@@ -30,6 +30,11 @@ GROUPED_CODEC = "kvp.affine-g32/1"
 KIVI_CODEC = "kvp.kivi/1"
 FP8_CODEC = "kvp.fp8-e4m3/1"
 
+# No code of its own: what becomes of rows that came before in four bits of an embedded code.
+UPGRADE_CODEC = "kvp.upgrade/1"
+# Those whose 4-bit code is a part of their 8-bit code.
+EMBEDDED = frozenset({NESTED_CODEC, CONDITIONED_CODEC})
+
 # The component that key conditioning is for.
 KEYS = "k"
 # What a decode-phase policy goes on with: sent and billed as a component, but no part of the cache.
@@ -191,6 +196,11 @@ INT8 = Tier("int8", NESTED_CODEC, 8)
 INT4 = Tier("int4", NESTED_CODEC, 4)
 DROP = Tier("drop", DROP_CODEC, 0)
 MENU = (NATIVE, INT8, INT4, DROP)
+# A row stays as it came, goes from 4 bits to 8, or comes again in the cache's own dtype.
+KEEP = Tier("keep", UPGRADE_CODEC, 0)
+REFINE = Tier("refine", UPGRADE_CODEC, 4)
+REPLACE = Tier("replace", UPGRADE_CODEC, 16)
+UPGRADES = (KEEP, REFINE, REPLACE)
 
 
 def _menu(codec: str) -> tuple[Tier, ...]:
@@ -330,6 +340,7 @@ class Capability:
         DROP_CODEC,
         NESTED_CODEC,
         CONDITIONED_CODEC,
+        UPGRADE_CODEC,
         ABSMAX_CODEC,
         AFFINE_CODEC,
         HADAMARD_CODEC,

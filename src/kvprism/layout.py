@@ -19,15 +19,19 @@ from kvprism.core import (
     ABSMAX_CODEC,
     AFFINE_CODEC,
     CONDITIONED_CODEC,
+    DROP,
     DROP_CODEC,
+    EMBEDDED,
     FP8_CODEC,
     GROUPED_CODEC,
     HADAMARD_CODEC,
     KEYS,
     KIVI_CODEC,
     MAX_MENU,
+    NATIVE,
     NATIVE_CODEC,
     NESTED_CODEC,
+    UPGRADE_CODEC,
     KVShape,
     Tier,
 )
@@ -55,6 +59,9 @@ PLANES: Mapping[tuple[str, int], tuple[Plane, ...]] = {
     (NESTED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
     (CONDITIONED_CODEC, 8): (Plane.SCALE, Plane.ANCHOR, Plane.RESIDUAL),
     (CONDITIONED_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
+    (UPGRADE_CODEC, 0): (),
+    (UPGRADE_CODEC, 4): (Plane.RESIDUAL,),
+    (UPGRADE_CODEC, 16): (Plane.NATIVE,),
     (ABSMAX_CODEC, 8): (Plane.SCALE, Plane.BYTE),
     (ABSMAX_CODEC, 4): (Plane.SCALE, Plane.ANCHOR),
     (AFFINE_CODEC, 8): (Plane.SCALE, Plane.BYTE),
@@ -122,6 +129,20 @@ def planes_of(tier: Tier) -> tuple[Plane, ...]:
     return PLANES[tier.codec, tier.bits]
 
 
+def upgrading(menu: Sequence[Tier]) -> NDArray[np.bool_]:
+    """`[tier]`: which of a menu say what becomes of rows that came before."""
+    return np.array([tier.codec == UPGRADE_CODEC for tier in menu])
+
+
+def as_coded(menu: Sequence[Tier]) -> tuple[Tier, ...]:
+    """A menu as the codecs see it: upgraded rows as what they become, kept ones as no rows."""
+    if not any(upgrading(menu)):
+        return tuple(menu)
+    code = next(tier.codec for tier in menu if tier.codec in EMBEDDED)
+    becomes = {0: DROP, 4: Tier("int8", code, 8), 16: NATIVE}
+    return tuple(becomes[t.bits] if t.codec == UPGRADE_CODEC else t for t in menu)
+
+
 def row_nbytes(tier: Tier, channels: int, itemsize: int, component: str = KEYS) -> int:
     """Payload bytes of one (head, token) row; exact, with its scales, unless rows share them.
 
@@ -144,9 +165,13 @@ def check_menu(menu: Sequence[Tier], channels: int, itemsize: int) -> None:
     """
     if not 1 <= len(menu) <= MAX_MENU:
         raise BadInput(f"a menu has 1 to {MAX_MENU} tiers, got {len(menu)}")
-    quantised = [tier for tier in menu if tier.codec not in (NATIVE_CODEC, DROP_CODEC)]
-    if len({tier.codec for tier in quantised}) > 1:
-        raise BadInput(f"one quantised codec per menu, got {sorted({t.codec for t in quantised})}")
+    plain = (NATIVE_CODEC, DROP_CODEC, UPGRADE_CODEC)
+    quantised = [tier for tier in menu if tier.codec not in plain]
+    codecs = {tier.codec for tier in quantised}
+    if len(codecs) > 1:
+        raise BadInput(f"one quantised codec per menu, got {sorted(codecs)}")
+    if any(upgrading(menu)) and not codecs & EMBEDDED:
+        raise BadInput(f"upgrades need one of {sorted(EMBEDDED)} in the menu, got {sorted(codecs)}")
     native = channels * itemsize
     for tier in menu:
         nbytes = row_nbytes(tier, channels, itemsize)

@@ -137,10 +137,10 @@ def plan(
             nominal=nominal, capability=capability, profile=profile,
         )  # fmt: skip
     elif nominal and row.budgeted:
-        problems = _problems(policy, shape, view, options, code)
+        problems = problems_of(policy, shape, view, options, code)
         planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
     else:
-        problems = _problems(policy, shape, view, options, code)
+        problems = problems_of(policy, shape, view, options, code)
         planned = _solve(policy, problems, shape, budget, profile)
     for layer in planned.layers:
         layer.check_drops(menu, capability)
@@ -199,7 +199,7 @@ def _dry_problems(
         code = Code(_menu(policy, options, conditioned=False))
     else:
         code = code_of(shape, policy, options, profile)
-    return _problems(policy, shape, (), options, code)
+    return problems_of(policy, shape, (), options, code)
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _solve_nominal(row: Policy, problems: Sequence[TokenProblem], shape: KVShape
     return replace(alone[0], layers=tuple(plan.layers[0] for plan in alone))
 
 
-def _problems(
+def problems_of(
     policy: str,
     shape: KVShape,
     view: Sequence[LayerView],
@@ -350,7 +350,7 @@ def token_problem(
         order=order[~stays[order]],
         protected=np.flatnonzero(stays),
         menu=code.menu,
-        pinned={} if row.family in (ALL_NATIVE, EVICT) else _pinned(view, code),
+        pinned={} if row.family in (ALL_NATIVE, EVICT) else pinned_rows(view, code),
     )
 
 
@@ -369,7 +369,7 @@ def _order(
     return np.argsort(-ranks.cpu().numpy(), kind="stable")
 
 
-def _pinned(view: Sequence[LayerView], code: Code) -> Pinned:
+def pinned_rows(view: Sequence[LayerView], code: Code) -> Pinned:
     """Rows that no quantised tier can hold, so that the plan keeps them native."""
     pinned: dict[int, dict[str, NDArray[np.bool_]]] = {}
     for layer in view:

@@ -337,10 +337,17 @@ def _nbytes(
 
 
 def stream_nbytes(
-    layers: Sequence[LayerPlan | LayerCounts], menu: Sequence[Tier], split: Split = WHOLE
+    layers: Sequence[LayerPlan | LayerCounts],
+    menu: Sequence[Tier],
+    split: Split = WHOLE,
+    shape: KVShape | None = None,
 ) -> int:
-    """Length of the stream that carries these layers, from the plan alone."""
-    nbytes = frame_nbytes(offer_of(KVShape(tuple(la.shape for la in layers)), menu))
+    """Length of the stream that carries these layers, from the plan alone.
+
+    shape: of the offer, where the layers come in parts.
+    """
+    whole = shape or KVShape(tuple(layer.shape for layer in layers))
+    nbytes = frame_nbytes(offer_of(whole, menu))
     sequence = 0
     for layer in layers:
         more, count = layer_nbytes(layer, menu, split, sequence)

@@ -193,11 +193,11 @@ Sizes = Callable[[Sequence[LayerPlan | LayerCounts]], int]
 
 def _layers(planned: Planned, b: float) -> tuple[LayerPlan, ...]:
     """Every layer at nominal budget b, in the tiers of its own problem."""
-    tiers = {problem: problem.tiers(b) for problem in _distinct_problems(planned)}
+    tiers = {problem: problem.tiers(b) for problem in distinct_problems(planned)}
     return tuple(problem.layer(layer, tiers[problem]) for problem, layer in planned)
 
 
-def _distinct_problems(planned: Planned) -> list[TokenProblem]:
+def distinct_problems(planned: Planned) -> list[TokenProblem]:
     return list(dict.fromkeys(problem for problem, _ in planned))
 
 
@@ -206,31 +206,43 @@ def _floor_of(problems: Sequence[TokenProblem]) -> float:
     return max(problem.family.floor for problem in problems)
 
 
-class _Curve:
+class Least(NamedTuple):
+    """A size that no member of a family goes below: bytes for all, and for each token of a tier.
+
+    token_nbytes: of each problem, for each tier that keeps a token.
+    """
+
+    framing: int
+    token_nbytes: Sequence[Sequence[int]]
+
+
+class Curve:
     """The exact wire bytes of families' members for some layers, and the search along them.
 
-    All families take the same b.
+    All families take the same b. least: where rows are not sent as `Plan` has them.
 
     The bytes do not grow with b everywhere: a tier that comes to an end takes its padding and its
     bits of the tier map with it. `_least`, payload and bare framing, does grow and lies below them,
     so it bounds where to look.
     """
 
-    def __init__(self, planned: Planned, nbytes: Sizes) -> None:
+    def __init__(self, planned: Planned, nbytes: Sizes, least: Least | None = None) -> None:
         self._planned, self._nbytes = planned, nbytes
-        self._problems = _distinct_problems(planned)
+        self._problems = distinct_problems(planned)
         self._floor = _floor_of(self._problems)
         n = max(len(problem.order) for problem in self._problems)
         # Balanced has the finest curve: one of its counts changes with every 5/8 of a token in b.
         self._steps = range(8 * n + 1 if self._floor < 1 else 1)
-        self._token_nbytes = [
-            _token_nbytes(problem, [layer for its, layer in planned if its is problem])
+        self._framing, self._token_nbytes = least or self._payload()
+
+    def _payload(self) -> Least:
+        token_nbytes = [
+            _token_nbytes(problem, [layer for its, layer in self._planned if its is problem])
             for problem in self._problems
         ]
         nothing = (0,) * DROP_INDEX
-        self._framing = nbytes(
-            [LayerCounts(la, lambda t: (*nothing, t[1] - t[0])) for _, la in planned]
-        )
+        dropped = [LayerCounts(la, lambda t: (*nothing, t[1] - t[0])) for _, la in self._planned]
+        return Least(self._nbytes(dropped), token_nbytes)
 
     def smallest(self) -> int:
         """The fewest bytes of any member."""
@@ -315,12 +327,12 @@ def smallest_prompt(problems: Sequence[TokenProblem], shape: KVShape) -> int:
     return _prompt_curve(problems, shape).smallest()
 
 
-def _prompt_curve(problems: Sequence[TokenProblem], shape: KVShape) -> _Curve:
-    planned, first = _assigned(problems, shape), problems[0]
-    return _Curve(planned, lambda layers: stream_nbytes(layers, first.menu, first.split))
+def _prompt_curve(problems: Sequence[TokenProblem], shape: KVShape) -> Curve:
+    planned, first = assigned(problems, shape), problems[0]
+    return Curve(planned, lambda layers: stream_nbytes(layers, first.menu, first.split))
 
 
-def _assigned(problems: Sequence[TokenProblem], shape: KVShape) -> Planned:
+def assigned(problems: Sequence[TokenProblem], shape: KVShape) -> Planned:
     """Every layer with the problem of its token range, or its own."""
     found = shape.token_ranges
     if len(problems) == len(found):
@@ -340,7 +352,7 @@ def solve_nominal(problems: Sequence[TokenProblem], shape: KVShape, b: float) ->
     Raises:
         BadInput: b below a family's floor or above 1, or not one problem per token range or layer.
     """
-    planned, first, floor = _assigned(problems, shape), problems[0], _floor_of(problems)
+    planned, first, floor = assigned(problems, shape), problems[0], _floor_of(problems)
     if not floor <= b <= 1:
         raise BadInput(f"nominal budget {b} for {first.family.name}: expected {floor} to 1")
     return Plan(_layers(planned, b), first.menu, first.split, first.policy)
@@ -411,17 +423,17 @@ def smallest_layers(
     return _smallest(*_layer_curves(problems, shape), shares)
 
 
-def _check_shares(curves: Sequence[_Curve], shares: Sequence[float]) -> None:
+def _check_shares(curves: Sequence[Curve], shares: Sequence[float]) -> None:
     if len(shares) != len(curves):
         raise BadInput(f"{len(curves)} layers need one share each, got {len(shares)}")
 
 
-def _smallest(curves: Sequence[_Curve], framing: int, shares: Sequence[float]) -> int:
+def _smallest(curves: Sequence[Curve], framing: int, shares: Sequence[float]) -> int:
     _check_shares(curves, shares)
     return framing + least_total([curve.smallest() for curve in curves], shares)
 
 
-def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[list[_Curve], int]:
+def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[list[Curve], int]:
     """A curve per layer, and the bytes of the frames around all of them."""
     curves, sequence = [], 0
     for problem, layer in zip(problems, shape.layers, strict=True):
@@ -430,9 +442,9 @@ def _layer_curves(problems: Sequence[TokenProblem], shape: KVShape) -> tuple[lis
     return curves, _framing_nbytes(shape, problems[0].menu, problems[0].split)
 
 
-def _layer_curve(problem: TokenProblem, layer: LayerShape, first_sequence: int) -> _Curve:
+def _layer_curve(problem: TokenProblem, layer: LayerShape, first_sequence: int) -> Curve:
     nbytes = partial(_one_nbytes, problem.menu, problem.split, first_sequence)
-    return _Curve([(problem, layer)], nbytes)
+    return Curve([(problem, layer)], nbytes)
 
 
 def _framing_nbytes(shape: KVShape, menu: Sequence[Tier], split: Split) -> int:

@@ -77,6 +77,14 @@ class LayerKV:
     def dtype(self) -> torch.dtype:
         return next(iter(self.components.values())).dtype
 
+    def part(self, start: int, stop: int) -> "LayerKV":
+        """The tokens `[start, stop)` of those that are present, as views."""
+        bounds = torch.tensor([start, stop], device=self.positions.device)
+        low, high = torch.searchsorted(self.positions, bounds).tolist()
+        components = {name: x[:, low:high] for name, x in self.components.items()}
+        held = None if self.held is None else self.held[:, low:high]
+        return LayerKV(self.layer_id, components, self.positions[low:high], held)
+
     def shape(self) -> LayerShape:
         """The layer's shape over its token range; `ShapeMismatch` when tokens are missing."""
         if not len(self.positions):

@@ -118,6 +118,19 @@ def test_the_smallest_budget_of_a_plan_is_feasible_and_one_byte_less_is_not(
     assert f"at least {smallest}" in failure(result)
 
 
+def test_plan_in_chunks_bills_what_is_sent_twice(run: Run, tmp_path: Path) -> None:
+    file, chunks = tmp_path / "plan.json", ["--tokens", 1024, "--chunk", 256]
+    assert run("plan", "--budget", "40%", *chunks, "--json", file).exit_code == 0
+    plan = read_json(file)
+    payload = sum(tier["payload_bytes"] for tier in plan["tiers"])
+    assert plan["base_bytes"] < payload + plan["overhead_bytes"] == plan["wire_bytes"]
+    assert plan["wire_bytes"] <= plan["budget_bytes"]
+    smallest = plan["smallest_bytes"]
+    assert run("plan", "--budget", f"{smallest}B", *chunks).exit_code == 0
+    result = run("plan", "--budget", f"{smallest - 1}B", *chunks)
+    assert result.exit_code == 2 and f"at least {smallest}" in failure(result)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

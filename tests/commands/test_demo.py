@@ -10,7 +10,8 @@ import pytest
 from kvprism import cli
 from kvprism.commands.demo import ANSWER_TOKENS, ARMS, _facts
 from kvprism.integrations import worker
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker, ttft_ms
+from kvprism.integrations.definitions import ttft_ms
+from kvprism.integrations.roles import DecodeWorker, PrefillWorker
 
 from .conftest import Lend, Run, failure, read_json
 

@@ -87,6 +87,32 @@ def test_run_sends_saves_and_continues(run: Run, prompt: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("lent_workers")
+def test_run_sends_chunks_while_it_prefills(run: Run, prompt: Path, tmp_path: Path) -> None:
+    saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
+    arguments = ["--file", prompt, "--budget", "40%", "--chunk", 100, "--new-tokens", 4]
+    result = run("run", *arguments, "--save", saved, "--json", json)
+    assert result.exit_code == 0, result.output
+    done = read_json(json)
+    assert done["fraction"] <= 0.4 and done["chunk"] == 100
+    assert done["base_bytes"] < done["wire_bytes"] == saved.stat().st_size
+    assert kvprism.decode(saved.read_bytes()).next_position == done["context_tokens"] - 1
+    assert {name for name in done if name.endswith("_ms")} <= set(done["definitions"])
+    inspected = run("inspect", saved)
+    assert inspected.exit_code == 0 and "refine" in inspected.stdout
+    for refused, why in (("20%", "BudgetTooSmall"), ("40% --policy snapkv", "without chunks")):
+        result = run("run", *arguments, "--budget", *refused.split())
+        assert result.exit_code != 0 and why in failure(result)
+
+
+def test_a_decode_side_that_needs_the_mass_takes_no_chunks(
+    run: Run, prompt: Path, token: Path
+) -> None:
+    arguments = ["--file", prompt, "--to", "127.0.0.1:9", "--token-file", token]
+    chunks = ["--budget", "40%", "--chunk", 100, "--decode-policy", "h2o"]
+    assert "leave out --chunk" in failure(run("prefill", *arguments, *chunks))
+
+
+@pytest.mark.usefixtures("lent_workers")
 @pytest.mark.parametrize("policy", ["spectrum-conditioned", "spectrum-adaptive"])
 def test_run_conditions_keys_by_the_profile(
     run: Run, prompt: Path, profiles: tuple[Path, ...], policy: str, tmp_path: Path

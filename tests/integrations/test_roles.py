@@ -15,7 +15,8 @@ from samples import tokens
 import kvprism
 from kvprism.errors import BadInput, PeerSilent, PositionMismatch, Rejected, UnknownName
 from kvprism.integrations import hf
-from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
+from kvprism.integrations.definitions import DEFINITIONS, ttft_ms
+from kvprism.integrations.roles import DecodeWorker, PrefillWorker
 
 TOKEN = bytes(32)
 IDS = tokens(300)[0].tolist()

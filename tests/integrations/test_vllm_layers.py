@@ -38,7 +38,9 @@ Q_HEADS = 2 * HEADS
 def save_of(both: Ends, start: int = 0, stop: int = N, **changes: object) -> Save:
     assert both.config.decode_address is not None
     last = stop == N
-    return Save("p", BINDING, both.config.decode_address, FROM, start, stop, last, **changes)
+    return Save(
+        "p", BINDING, both.config.decode_address, FROM, start, stop, last, (0, N), **changes
+    )
 
 
 def test_a_layer_leaves_while_the_next_is_computed(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_a_layer_leaves_while_the_next_is_computed(tmp_path: Path) -> None:
     with ends(tmp_path, send="layer") as both, Tap(both.consumer.addresses[0]) as tap:
         both.expect()
         kept = both.source.gather(0, FROM, 0, N)
-        save = Save("p", BINDING, tap.address, FROM, 0, N, True)
+        save = Save("p", BINDING, tap.address, FROM, 0, N, True, (0, N))
         both.producer.save_layer([save], 0, NO_SLOTS)
         settled(both.sent, "early_layers")
         assert LAYER_NBYTES < len(tap.recorded) < 2 * LAYER_NBYTES
@@ -77,7 +79,7 @@ def test_chunks_and_requests_share_a_step(tmp_path: Path) -> None:
         both.consumer.inbox.expect(Load("e", binding, (1, 2, 3), 0, N))
         address = both.config.decode_address
         assert address is not None
-        other = Save("q", binding, address, blocks, 0, N, True)
+        other = Save("q", binding, address, blocks, 0, N, True, (0, N))
         for saves in ([save_of(both, 0, 40)], [save_of(both, 40), other]):
             for layer in range(LAYERS):
                 both.producer.save_layer(saves, layer, NO_SLOTS)
@@ -147,19 +149,23 @@ def test_an_attention_that_cannot_be_asked_is_refused_by_name() -> None:
         QueryTap({3: Sealed()})
 
 
-@pytest.mark.parametrize("send", ["request", "layer"])
-def test_what_the_last_queries_attend_to_is_sent_best(tmp_path: Path, send: str) -> None:
+@pytest.mark.parametrize(
+    ("send", "budget"), [("request", 0.5), ("layer", 0.5), ("upgrade", "floor+0.10")]
+)
+def test_what_the_last_queries_attend_to_is_sent_best(
+    tmp_path: Path, send: str, budget: float | str
+) -> None:
     """Twelve keys in the middle are what the queries look for; position would send them in INT4."""
     wanted = torch.arange(30, 42)
-    policy = "spectrum" if send == "request" else "spectrum-layer"
-    settings = {"policy": policy, "budget": 0.5, "importance": "attention", "send": send}
-    with ends(tmp_path, **settings) as both:
+    policy = "spectrum-layer" if send == "layer" else "spectrum"
+    settings = {"policy": policy, "budget": budget, "importance": "attention", "send": send}
+    with ends(tmp_path, {"transfer_timeout_s": 20.0}, **settings) as both:
         direction = torch.randn(CHANNELS)
         blocks, at = torch.tensor(FROM)[wanted // SLOTS], wanted % SLOTS
         for keys, _ in both.source.layers.values():
             keys[blocks, :, at] += 4 * direction
         both.expect()
-        for start, stop in ((0, 45), (45, N)) if send == "request" else ((0, N),):
+        for start, stop in ((0, N),) if send == "layer" else ((0, 45), (45, N)):
             step([save_of(both, start, stop)], both, direction)
         assert both.finished() == set()
         sent, got = both.source.gather(0, FROM, 0, N)[0], both.target.gather(0, TO, 0, N)[0]

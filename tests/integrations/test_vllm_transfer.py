@@ -203,7 +203,7 @@ def test_damage_is_asked_for_again(tmp_path: Path) -> None:
     with ends(tmp_path) as both, Tap(both.consumer.addresses[0], damage) as tap:
         both.expect()
         address = tap.address
-        both.producer.save([Save("p", BINDING, address, FROM, 0, N, True)])
+        both.producer.save([Save("p", BINDING, address, FROM, 0, N, True, (0, N))])
         assert both.finished() == set() and both.same()
         assert damaged.is_set()
         both.producer.close()

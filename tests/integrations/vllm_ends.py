@@ -73,7 +73,7 @@ class Ends:
 
     def save(self, start: int = 0, stop: int = N, last: bool = True) -> None:
         assert self.config.decode_address is not None
-        save = Save("p", BINDING, self.config.decode_address, FROM, start, stop, last)
+        save = Save("p", BINDING, self.config.decode_address, FROM, start, stop, last, (0, N))
         self.producer.save([save])
 
     def expect(self, start: int = 0) -> None:

@@ -86,7 +86,7 @@ def decode_into(
         cpu.decode_into(planes, tier_of, menu, out, conditioned, component)
         return
     # A part of the heads over a part of the tokens is not contiguous, and decoded beside it.
-    dense = out if out.is_contiguous() else torch.zeros_like(out).contiguous()
+    dense = out.contiguous()
     reference.decode_into(planes, tier_of, menu, dense, conditioned, component)
     if dense is not out:
         out.copy_(dense)

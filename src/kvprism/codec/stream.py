@@ -11,13 +11,13 @@ from io import BytesIO
 import msgspec
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kvprism.codec.backend import decode_into, encode_into
+from kvprism.codec.destination import LayerDestination
 from kvprism.codec.reference import Conditioned
+from kvprism.codec.upgrades import with_room
 from kvprism.core import (
     CONDITIONED_CODEC,
-    DROP_CODEC,
     KEYS,
     NATIVE_CODEC,
     STATE,
@@ -41,13 +41,16 @@ from kvprism.layout import (
     Plane,
     Split,
     TierArray,
+    as_coded,
     check_menu,
     plane_nbytes,
     unpack_tier_map,
+    upgrading,
 )
 from kvprism.plans import LayerPlan, Plan, end_of, manifests_of, offer_of, tiers_in
 from kvprism.profiles import Profile, conditioning_for, stated_hash
-from kvprism.tensors import DTYPES, KeyConditioning, LayerKV, RequestKV
+from kvprism.staged import StagedPlan
+from kvprism.tensors import KeyConditioning, LayerKV, RequestKV
 from kvprism.wire import frames
 from kvprism.wire.intake import native_nbytes
 from kvprism.wire.messages import NO_ID, NOT_STATED, Block, Manifest, Offer, Segment, TierMap
@@ -107,9 +110,11 @@ def _encode_block(
     x = kv.components[block.component]
     x = x[slice(*block.heads), block.tokens[0] - start : block.tokens[1] - start]
     tiers = tiers_in(layer, block.component, block.heads, block.tokens)
+    if upgrading(menu)[tiers[0, 0]]:
+        planes = with_room(planes, tiers, menu, x.shape[-1])
     try:
         first = (block.heads[0], block.tokens[0])
-        encode_into(x, tiers, menu, planes, first, conditioned, block.component)
+        encode_into(x, tiers, as_coded(menu), planes, first, conditioned, block.component)
     except CodecError as error:
         raise _at(block, error) from error
 
@@ -157,7 +162,7 @@ def encode(
     stream = BytesIO()
     stream.write(frames.pack(offer_of(plan.shape, plan.menu, NO_ID, fingerprint, stated)))
     sequence = 0
-    for layer_kv, layer in zip(kv.layers, plan.layers, strict=True):
+    for layer_kv, layer in stages(kv, plan):
         own = conditioning.get(layer_kv.layer_id)
         for encoded in encode_layer(layer_kv, layer, plan.menu, plan.split, sequence, own):
             stream.write(frames.pack(encoded.manifest))
@@ -166,6 +171,16 @@ def encode(
     stream.write(frames.pack(end_of(sequence, stream.tell())))
     assert stream.tell() == plan.nbytes, (stream.tell(), plan.nbytes)
     return stream.getvalue()
+
+
+def stages(kv: RequestKV, plan: Plan) -> Iterator[tuple[LayerKV, LayerPlan]]:
+    """What is encoded under a plan, in order: its layers, or those of the stages that it has."""
+    if not isinstance(plan, StagedPlan):
+        yield from zip(kv.layers, plan.layers, strict=True)
+        return
+    layers = {layer.layer_id: layer for layer in kv.layers}
+    for planned in plan.stages():
+        yield layers[planned.shape.layer_id].part(*planned.shape.token_range), planned
 
 
 def check_planned(kv: RequestKV, plan: Plan) -> None:
@@ -307,9 +322,14 @@ class Assembler:
                 f"the offer decodes to {nbytes} bytes, at most {max_nbytes} are allowed here"
             )
         self._conditioning = offered_conditioning(offer, profile)
-        ragged = drop == "per_head"
-        self._layers = {la.layer_id: _LayerDestination(la, ragged) for la in self.shape.layers}
+        ragged, self._upgrading = drop == "per_head", upgrading(self.menu)
+        staged = self.menu if self._upgrading.any() else None
+        self._layers = {
+            la.layer_id: LayerDestination(la, ragged, staged) for la in self.shape.layers
+        }
         self._finished: dict[int, LayerKV] = {}
+        # Upgrades of rows that came damaged and are on their way again.
+        self._early: list[tuple[Block, TierArray, dict[Plane, memoryview]]] = []
 
     def add(self, segments: Segments) -> None:
         """Decode every block of one manifest.
@@ -344,101 +364,55 @@ class Assembler:
             )
         if block.component in STATE:
             self._check_state(block, tiers)
-        destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
-        out = destination.rows(block)
         named = {Plane(plane): data for plane, data in planes.items()}
-        conditioned = _conditioned(block, self._conditioning.get(block.layer))
-        try:
-            decode_into(named, tiers, self.menu, out, conditioned, block.component)
-        except CodecError as error:
-            raise _at(block, error) from error
+        if self._upgrading[tiers].any():
+            self._upgrade(block, tiers, named)
+            return
+        destination.keep(block, np.array([tier.bits > 0 for tier in self.menu])[tiers])
+        destination.remember(block, tiers, named)
+        self._decode(block, tiers, named)
         destination.missing -= tiers.size
-        if not destination.missing:
+        if not destination.missing and not self._upgrading.any():
             # Without its dropped tokens a layer is a copy: never are two layers held twice.
             self._finished[block.layer] = self._layers.pop(block.layer).finish()
 
+    def _decode(self, block: Block, tiers: TierArray, planes: dict[Plane, memoryview]) -> None:
+        out = self._layers[block.layer].rows(block)
+        conditioned = _conditioned(block, self._conditioning.get(block.layer))
+        try:
+            decode_into(planes, tiers, as_coded(self.menu), out, conditioned, block.component)
+        except CodecError as error:
+            raise _at(block, error) from error
+
+    def _upgrade(self, block: Block, tiers: TierArray, planes: dict[Plane, memoryview]) -> None:
+        if not self._upgrading[tiers].all():
+            raise ProtocolViolation(f"layer {block.layer}: a block mixes upgrades with other tiers")
+        kept = self._layers[block.layer].kept_for(block, tiers)
+        if kept is None:
+            self._early.append((block, tiers, planes))
+        else:
+            self._decode(block, tiers, planes | kept)
+
     def _check_state(self, block: Block, tiers: TierArray) -> None:
-        used = {self.menu[tier].codec for tier in np.unique(tiers)}
-        if not used <= {NATIVE_CODEC, DROP_CODEC}:
+        codecs = {self.menu[tier].codec for tier in np.unique(tiers) if self.menu[tier].bits}
+        if codecs - {NATIVE_CODEC}:
             raise ProtocolViolation(
                 f"layer {block.layer}: state {block.component!r} comes native or not at all, got "
-                f"{sorted(used)}"
+                f"{sorted(codecs)}"
             )
 
     def finish(self) -> RequestKV:
-        """The restored cache, dropped tokens left out; every piece was added."""
+        """The restored cache, dropped tokens left out; every piece was added.
+
+        Raises:
+            ProtocolViolation: upgrades of rows that never came.
+        """
+        early, self._early = self._early, []
+        for upgrade in early:
+            self._upgrade(*upgrade)
+        if self._early:
+            raise ProtocolViolation(f"{len(self._early)} upgrades of rows that never came")
         for layer_id, destination in self._layers.items():
             self._finished[layer_id] = destination.finish()
         layers = tuple(self._finished[layer.layer_id] for layer in self.shape.layers)
         return RequestKV(layers, self.shape.next_position)
-
-
-class _LayerDestination:
-    """The tensors of one layer, allocated when its first piece comes, and which rows are kept.
-
-    ragged: whether heads may keep different tokens; missing: how many rows are still to come.
-    """
-
-    def __init__(self, shape: LayerShape, ragged: bool) -> None:
-        self.shape, self._ragged = shape, ragged
-        self.missing = sum(heads for _, heads, _ in shape.components) * shape.n_tokens
-        self._components: dict[str, torch.Tensor] = {}
-        # Ragged: component -> what is known of its rows, and which are kept, both [head, token].
-        self._rows: dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {}
-        self._known = self._kept = np.zeros(0, bool)
-
-    def keep(self, block: Block, kept: NDArray[np.bool_]) -> None:
-        """Take note of the kept rows `[head, token]`: in all components the same, if not more."""
-        if not self._components:
-            self._allocate()
-        tokens = self._tokens(block)
-        if self._ragged:
-            self._keep_rows(block, (slice(*block.heads), tokens), kept)
-            return
-        known = self._known[tokens]
-        if (kept != kept[:1]).any() or (known & (self._kept[tokens] != kept[0])).any():
-            raise _not_uniform(block)
-        self._known[tokens], self._kept[tokens] = True, kept[0]
-
-    def _keep_rows(self, block: Block, area: tuple[slice, slice], kept: NDArray[np.bool_]) -> None:
-        own = self._rows[block.component]
-        for name, (known, rows) in self._rows.items():
-            if rows.shape != own[1].shape or (known[area] & (rows[area] != kept)).any():
-                raise CodecError(
-                    f"layer {block.layer}: components {block.component!r} and {name!r} keep "
-                    "different rows; a key is of no use without its value, nor a value without it"
-                )
-        own[0][area], own[1][area] = True, kept
-
-    def rows(self, block: Block) -> torch.Tensor:
-        """The `[head, token, channel]` part of the destination that a block fills."""
-        return self._components[block.component][slice(*block.heads), self._tokens(block)]
-
-    def finish(self) -> LayerKV:
-        rows = next(iter(self._rows.values()))[1] if self._ragged else self._kept[None]
-        kept = rows.any(axis=0)
-        positions = torch.from_numpy(np.flatnonzero(kept)) + self.shape.token_range[0]
-        components, mask = self._components, torch.from_numpy(kept)
-        if not kept.all():
-            components = {name: x[:, mask] for name, x in components.items()}
-        held = None if rows[:, kept].all() else torch.from_numpy(rows[:, kept])
-        return LayerKV(self.shape.layer_id, components, positions, held)
-
-    def _allocate(self) -> None:
-        n, dtype = self.shape.n_tokens, DTYPES[self.shape.dtype]
-        for name, heads, channels in self.shape.components:
-            self._components[name] = torch.zeros(heads, n, channels, dtype=dtype)
-            self._rows[name] = np.zeros((heads, n), bool), np.zeros((heads, n), bool)
-        self._known, self._kept = np.zeros(n, bool), np.zeros(n, bool)
-
-    def _tokens(self, block: Block) -> slice:
-        start = self.shape.token_range[0]
-        return slice(block.tokens[0] - start, block.tokens[1] - start)
-
-
-def _not_uniform(block: Block) -> CodecError:
-    return CodecError(
-        f"layer {block.layer} component {block.component!r}, heads {block.heads}, tokens "
-        f"{block.tokens}: heads or components keep different tokens; this receiver holds one set "
-        "of tokens per layer (capability drop=uniform); drop='per_head' holds them too, padded"
-    )

@@ -17,7 +17,7 @@ from kvprism.errors import BadInput, BudgetTooSmall
 from kvprism.evaluate.haystack import Facts, hide_facts
 from kvprism.evaluate.rows import provenance
 from kvprism.integrations import hf
-from kvprism.integrations.roles import DEFINITIONS, ttft_ms
+from kvprism.integrations.definitions import DEFINITIONS, ttft_ms
 from kvprism.integrations.worker import Pair
 
 REPEATS = 5

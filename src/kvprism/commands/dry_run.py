@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from kvprism.chunkwise import ChunkPlanner
 from kvprism.commands import console
 from kvprism.core import Budget, KVShape
 from kvprism.errors import BadInput, BudgetTooSmall
@@ -14,6 +15,7 @@ from kvprism.planning import PlanOptions, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
+from kvprism.staged import StagedPlan
 
 _BITS_PER_S = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9}
 
@@ -56,6 +58,19 @@ def plan_without_prompt(
     return planned
 
 
+def plan_in_chunks(
+    shape: KVShape,
+    policy: str,
+    budget: str | None,
+    options: PlanOptions,
+    profile: Profile | None,
+    chunk: int,
+) -> StagedPlan:
+    """The same for a prompt that leaves in chunks of so many tokens; errors as `ChunkPlanner`."""
+    planner = ChunkPlanner(shape, policy, budget, chunk=chunk, options=options, profile=profile)
+    return planner.dry(chunk)
+
+
 def dry_run(
     model: str,
     policy: str,
@@ -64,8 +79,9 @@ def dry_run(
     links: str,
     codec: str,
     profile: Path | None = None,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
-    """Plan `tokens` tokens of `model` without running it.
+    """Plan `tokens` tokens of `model` without running it; chunk: prefilled so many at a time.
 
     The order of tokens is unknown here, so that a real plan's tier map may take a few bytes more.
     """
@@ -73,8 +89,12 @@ def dry_run(
     shape = hf.shape_of(hf.load_config(model), tokens)
     options = PlanOptions(codec=codec)
     shared = None if profile is None else Profile.load(profile)
-    planned = plan_without_prompt(shape, policy, budget, options, shared)
-    smallest = smallest_nbytes(shape, policy, options, shared)
+    if chunk is None:
+        planned = plan_without_prompt(shape, policy, budget, options, shared)
+        smallest = smallest_nbytes(shape, policy, options, shared)
+    else:
+        planned = plan_in_chunks(shape, policy, budget, options, shared, chunk)
+        smallest = plan_in_chunks(shape, policy, "floor", options, shared, chunk).nbytes
     tiers = _tiers(planned)
     return {
         "kind": "plan",
@@ -83,6 +103,7 @@ def dry_run(
         "budget": budget,
         "budget_bytes": None if budget is None else Budget.parse(budget, shape).nbytes,
         "codec": codec,
+        "chunk": chunk,
         "tokens": tokens,
         "layers": len(shape.layers),
         "reference_bytes": shape.reference_nbytes,
@@ -91,6 +112,7 @@ def dry_run(
         "fraction": planned.fraction,
         "fraction_native": planned.fraction_native,
         "tiers": tiers,
+        "base_bytes": planned.base_nbytes if isinstance(planned, StagedPlan) else None,
         "overhead_bytes": planned.nbytes - sum(tier["payload_bytes"] for tier in tiers),
         "smallest_bytes": smallest,
         "smallest_fraction": smallest / shape.reference_nbytes,
@@ -131,7 +153,11 @@ def show_dry_run(result: dict[str, Any]) -> None:
         line(tier["tier"], f"{tier['rows'] / rows_per_token:.0f}", tier["payload_bytes"])
         for tier in result["tiers"]
     ]
-    rows.append(line("maps, manifests, padding", "", result["overhead_bytes"]))
+    chunk = result["chunk"]
+    twice = "" if chunk is None else ", rows sent twice"
+    rows.append(line(f"maps, manifests, padding{twice}", "", result["overhead_bytes"]))
+    if chunk is not None:
+        rows.append(line(f"sent in chunks of {chunk}, before upgrades", "", result["base_bytes"]))
     rows.append(line("all wire bytes", str(result["tokens"]), result["wire_bytes"]))
     title = f"{result['policy']} on {result['model']}, {result['tokens']} tokens"
     console.table(title, ["tier", "tokens", "bytes", "", "of 16-bit"], rows)

@@ -91,6 +91,15 @@ DecodePolicy = Annotated[
         help="Evict while tokens are generated too: full,h2o has every arm without and with it.",
     ),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk",
+        min=1,
+        help="Prefill N tokens at a time and send each chunk at 4 bits while the next is computed; "
+        "upgrades follow the last one, all within the budget.",
+    ),
+]
 SideDecodePolicy = Annotated[
     str,
     typer.Option(

@@ -12,11 +12,12 @@ from typing import Any
 
 from kvprism.codec import backend
 from kvprism.commands import console
-from kvprism.commands.dry_run import plan_without_prompt
-from kvprism.errors import AuthenticationFailed, BadInput
+from kvprism.commands.dry_run import plan_in_chunks, plan_without_prompt
+from kvprism.errors import AuthenticationFailed, BadInput, Unsupported
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
-from kvprism.integrations.roles import DEFINITIONS, DecodeWorker, PrefillWorker, ttft_ms
+from kvprism.integrations.definitions import DEFINITIONS, ttft_ms
+from kvprism.integrations.roles import DecodeWorker, PrefillWorker
 from kvprism.integrations.worker import Pair
 from kvprism.planning import PlanOptions, code_of
 from kvprism.policies import signals_of
@@ -62,9 +63,13 @@ def _check_plan(
     budget: str | None,
     options: Mapping[str, Any],
     profile: Profile | None,
+    chunk: int | None,
 ) -> None:
     """Every error that needs no weights, before minutes of work."""
     shape, given = hf.shape_of(hf.load_config(model), len(ids) - 1), PlanOptions(**options)
+    if chunk is not None:
+        plan_in_chunks(shape, policy, budget, given, profile, chunk)
+        return
     code_of(shape, policy, given, profile)
     plan_without_prompt(shape, policy, budget, given, profile)
 
@@ -87,10 +92,12 @@ def run_file(
     save: Path | None,
     say: Say,
     profile: Path | None = None,
+    chunk: int | None = None,
 ) -> Result:
     """Prefill a text in one process, send it under one policy, and continue it in the other.
 
-    pair: two workers that may still be loading `model`, and the same `profile`.
+    pair: two workers that may still be loading `model`, and the same `profile`; chunk: prefill so
+    many tokens at a time, and send them while the next are computed.
 
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`.
@@ -99,17 +106,21 @@ def run_file(
     """
     ids = read_prompt(model, file, tokens, new_tokens)
     shared = load_profile(profile)
-    _check_plan(model, ids, policy, budget, options, shared)
+    _check_plan(model, ids, policy, budget, options, shared, chunk)
     pair.ready()
-    say("prefilling")
-    signals = sorted(signals_of([policy], shared))
-    result = pair.call(pair.prefill, "prefill", ids=ids, signals=signals)
-    say("sending")
     plan = {"policy": policy, "budget": budget, "options": options}
-    result |= pair.call(pair.prefill, "plan", **plan)
+    say("prefilling")
+    if chunk is not None:
+        result = pair.transfer("send_chunks", ids=ids, chunk=chunk, **plan)
+    else:
+        signals = sorted(signals_of([policy], shared))
+        result = pair.call(pair.prefill, "prefill", ids=ids, signals=signals)
+        say("sending")
+        result |= pair.call(pair.prefill, "plan", **plan)
     if save is not None:
         pair.call(pair.prefill, "save", path=str(save))
-    result |= pair.transfer()
+    if chunk is None:
+        result |= pair.transfer()
     say("continuing")
     result |= pair.call(pair.decode, "generate", ids=ids, n=new_tokens)
     result["ttft_ms"] = ttft_ms(result)
@@ -132,10 +143,12 @@ def prefill_here(
     say: Say,
     profile: Path | None = None,
     decode_policy: str = FULL,
+    chunk: int | None = None,
 ) -> Result:
     """Connect to a decode side, prefill a text here, and send its cache there.
 
-    decode_policy: the decode side's, which may go on with the attention mass of the prompt.
+    decode_policy: the decode side's, which may go on with the attention mass of the prompt; chunk:
+    prefill so many tokens at a time, and send them while the next are computed.
 
     Raises:
         BadInput: see `read_prompt` and `plan_without_prompt`; a bad address or token file.
@@ -147,16 +160,24 @@ def prefill_here(
     backend.refuse_slow()
     address, token, shared = parse_address(to), load_token(token_file), load_profile(profile)
     mass = needs_mass(decode_policy)
+    if mass and chunk is not None:
+        raise Unsupported(
+            f"decode policy {decode_policy!r} goes on with the attention of all queries, which is "
+            "not recorded in chunks; leave out --chunk"
+        )
     ids = read_prompt(model, file, tokens)
-    _check_plan(model, ids, policy, budget, options, shared)
+    _check_plan(model, ids, policy, budget, options, shared, chunk)
     worker = PrefillWorker(model, token, cache_dtype, shared)
     say(f"connecting to {to}")
     with worker.connect(*address, allow_remote) as sender:
         say("prefilling")
-        result = worker.prefill(ids, sorted(signals_of([policy], shared)), mass)
-        say("sending")
-        result |= worker.plan(policy, budget, options, sender.capability)
-        result |= worker.send_over(sender)
+        if chunk is not None:
+            result = worker.send_chunks_over(sender, ids, policy, budget, chunk, options)
+        else:
+            result = worker.prefill(ids, sorted(signals_of([policy], shared)), mass)
+            say("sending")
+            result |= worker.plan(policy, budget, options, sender.capability)
+            result |= worker.send_over(sender)
     settings = {"policy": policy, "budget": budget, "profile": _hash(shared), **options, "to": to}
     settings["decode_policy"] = decode_policy
     return _described("prefill", model, file, ids, settings, result)

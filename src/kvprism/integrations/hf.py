@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -184,13 +184,13 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    kvprism_recorder: "_Recorder | None" = None,
+    kvprism_recorder: "Recorder | None" = None,
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
         kvprism_recorder.record(module, query, key, value, kwargs)
         if kvprism_recorder.complete:
-            raise _Complete
+            raise Complete
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
     if layer is not None:
         if module.layer_idx == 0:  # one check, and one wait for the device, per forward call
@@ -209,7 +209,23 @@ def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
-class _Complete(Exception):
+class Recorder(Protocol):
+    """Sees every layer of a forward call that is given one, until it has all that it wants."""
+
+    @property
+    def complete(self) -> bool: ...
+
+    def record(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> None: ...
+
+
+class Complete(Exception):
     """Every layer's keys and values exist: what the model still computes, no cache holds."""
 
 
@@ -271,7 +287,7 @@ class _Recorder:
         layer_id: int = module.layer_idx
         start = first_visible(window, key.shape[-2])
         x = key[0, :, start:], value[0, :, start:]
-        kv = _layer(layer_id, *x, (start, key.shape[-2]), self._cache_dtype)
+        kv = cast_layer(layer_id, *x, (start, key.shape[-2]), self._cache_dtype)
         self.views[layer_id] = self._view(kv, recorded)
         if self._on_layer is not None:
             self._on_layer(self.views[layer_id])
@@ -317,11 +333,11 @@ def capture(
         raise BadInput(f"window must be at least 1 position, got {window}")
     if model.training:
         raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
-    ids = _check_ids(model, ids)
+    ids = check_ids(model, ids)
     wrap_attention(model)
     frequencies = _frequencies(model, signals)
     recorder = _Recorder(window, signals, sliding_windows, frequencies, on_layer, cache_dtype)
-    with torch.no_grad(), suppress(_Complete):
+    with torch.no_grad(), suppress(Complete):
         model(ids, use_cache=True, logits_to_keep=1, kvprism_recorder=recorder)
     views = tuple(recorder.views[i] for i in range(len(sliding_windows)))
     return RequestKV(tuple(view.kv for view in views), ids.shape[1]), views
@@ -335,20 +351,21 @@ def _frequencies(model: PreTrainedModel, signals: Collection[Signal]) -> torch.T
     return rope_frequencies(model) if "future_queries" in signals else None
 
 
-def _layer(
+def cast_layer(
     layer_id: int,
     keys: torch.Tensor,
     values: torch.Tensor,
     token_range: tuple[int, int],
     dtype: torch.dtype | None,
 ) -> LayerKV:
+    """Keys and values `[head, token, channel]` in the dtype in which a cache is kept."""
     components = {"k": keys, "v": values}
     kept = {name: x.to(dtype or x.dtype).contiguous() for name, x in components.items()}
     return LayerKV(layer_id, kept, torch.arange(*token_range, device=keys.device))
 
 
-def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """`ids` as `[1, token]` on the model's device."""
+def check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` as `[1, token]` on the model's device; `BadInput` as `capture`."""
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != 1):
         raise BadInput(
             f"token ids must be int64 [token] or [1, token], got {ids.dtype} {list(ids.shape)}; "

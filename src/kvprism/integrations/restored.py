@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -16,6 +16,11 @@ from kvprism.tensors import LayerKV
 _FIELDS = {field.name for field in fields(CausalLMOutputWithPast)}
 # How models call their cache, as an argument and in what they return; renamed in transformers 5.24.
 CACHE = next(name for name in ("cache", "past_key_values") if name in _FIELDS)
+
+
+def empty_cache(model: PreTrainedModel) -> dict[str, Cache]:
+    """What a model begins with, as the argument that it takes."""
+    return {CACHE: DynamicCache(config=model.config)}
 
 
 class RestoredLayer(DynamicLayer):  # type: ignore[no-untyped-call]

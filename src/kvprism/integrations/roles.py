@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from kvprism.chunkwise import ChunkPlanner
 from kvprism.codec.stream import encode
 from kvprism.core import ITEMSIZE, Capability, KVShape
 from kvprism.errors import BadInput, PositionMismatch, UnknownName
 from kvprism.integrations import hf
+from kvprism.integrations.chunks import send_chunks
 from kvprism.layerwise import LayerPlanner, leaves_early
 from kvprism.pipeline import LayerSender, Receiver, Sender, Sent
 from kvprism.planning import PlanOptions, plan
@@ -31,32 +33,6 @@ TIER_LETTERS = "n84."
 HOLDS = Capability(drop="per_head")
 # A long prompt on a slow link; a peer that stands still is noticed in seconds all the same.
 LEASE_S = 3600.0
-DEFINITIONS = {
-    "wire_bytes": "every byte of the request: payload, scales, tier maps, manifests, digests, "
-    "padding",
-    "reference_bytes": "the same cache at 16 bits a value",
-    "native_bytes": "the same cache in the dtype in which the prefill side keeps it",
-    "fraction": "wire_bytes / reference_bytes",
-    "fraction_native": "wire_bytes / native_bytes",
-    "resident_bytes": "memory that the restored cache takes",
-    "kept_tokens": "tokens that the fullest layer of the restored cache holds; others were dropped",
-    "tiers": "tokens per tier in the first head of the first layer that is not cut to a window",
-    "tier_of_token": "one letter a token: n native, 8 INT8, 4 INT4, . dropped; the last prompt "
-    "token is not sent, the decode side computes it again",
-    "prefill_ms": "the prompt without its last token, with the capture of cache and queries, until "
-    "the last layer's keys and values exist",
-    "plan_ms": "from the captured prompt to an exact plan",
-    "encode_ms": "encoding, on the prefill side's clock",
-    "transfer_ms": "from the offer to the acknowledgement on the prefill side's clock, less "
-    "encode_ms",
-    "decode_ms": "decoding, on the decode side's clock; it goes on while layers are still encoded "
-    "and moved, so it lies within encode_ms + transfer_ms and is not added to them",
-    "receive_ms": "from the offer to the last piece, on the decode side's clock",
-    "first_token_ms": "from the restored tensors to the first token: the cache is built, the last "
-    "prompt position and the question, if there is one, are computed",
-    "second_token_ms": "one more token: a decode step alone",
-    "ttft_ms": "prefill_ms + plan_ms + encode_ms + transfer_ms + first_token_ms",
-}
 
 
 class _Role:
@@ -185,6 +161,42 @@ class PrefillWorker(_Role):
             "wire_bytes": sent.wire_nbytes,
             "encode_ms": 1000 * sent.encode_s,
             "transfer_ms": 1000 * (sent.seconds - sent.encode_s),
+        }
+
+    def send_chunks(self, address: tuple[str, int], **request: Any) -> dict[str, Any]:
+        """Connect, and `send_chunks_over`."""
+        with self.connect(*address) as sender:
+            return self.send_chunks_over(sender, **request)
+
+    def send_chunks_over(
+        self,
+        sender: Sender,
+        ids: list[int],
+        policy: str,
+        budget: str | None,
+        chunk: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Prefill a prompt in chunks and send each while the next is computed, then upgrades."""
+        shape = self._shape(len(ids) - 1)
+        planner = ChunkPlanner(
+            shape, policy, budget, chunk=chunk, options=PlanOptions(**(options or {})),
+            capability=sender.capability, profile=self._profile,
+        )  # fmt: skip
+        prompt = torch.tensor(ids[:-1])
+        with _closing_on_error(sender):
+            done = send_chunks(self._model, sender, prompt, planner, chunk, self._cache_dtype)
+        self._captured, self._plan = (done.kv, done.views), done.plan
+        return {
+            "chunk": chunk,
+            **done.timings,
+            "base_bytes": done.base_nbytes,
+            "wire_bytes": done.plan.nbytes,
+            "reference_bytes": shape.reference_nbytes,
+            "native_bytes": shape.native_nbytes,
+            "fraction": done.plan.fraction,
+            "fraction_native": done.plan.fraction_native,
+            **_tokens_by_tier(done.plan),
         }
 
     def pace(self, bytes_per_s: int | None) -> None:
@@ -450,12 +462,6 @@ def _closing_on_error(sender: Sender) -> Iterator[None]:
         raise
 
 
-def ttft_ms(timings: Mapping[str, float]) -> float:
-    """Time to first token, from the parts that follow each other; see `DEFINITIONS`."""
-    parts = ("prefill_ms", "plan_ms", "encode_ms", "transfer_ms", "first_token_ms")
-    return sum(timings[part] for part in parts)
-
-
 def _required(value: T | None, what: str) -> T:
     """What an earlier operation left."""
     if value is None:
@@ -467,7 +473,8 @@ def _tokens_by_tier(planned: Plan) -> dict[str, Any]:
     first = max(planned.layers, key=lambda layer: layer.shape.n_tokens)
     tiers = first.tier_of[first.shape.components[0].name][0]
     letters = "".join(TIER_LETTERS[tier] for tier in tiers)
-    counts = {tier.name: letters.count(TIER_LETTERS[i]) for i, tier in enumerate(planned.menu)}
+    named = zip(TIER_LETTERS, planned.menu, strict=False)  # no token ends in an upgrade
+    counts = {tier.name: letters.count(letter) for letter, tier in named}
     return {"tiers": counts, "tier_of_token": letters}
 
 

@@ -294,13 +294,16 @@ class Pair:
         self.prefill.start(sending[0], **sending[1])
         return self._wait(self.prefill), self._wait(self.decode)
 
-    def transfer(self) -> Json:
-        """Send what was planned and restore it; sizes and timings of both sides."""
+    def transfer(self, op: str = "send", **arguments: Any) -> Json:
+        """Send what was planned and restore it; sizes and timings of both sides.
+
+        op: by which operation of the prefill worker, which is told the address too.
+        """
         if self._address is None:
             self._address = self.call(self.decode, "address")
         self._settle(self.decode)
         self.decode.start("receive", timeout_s=OFFER_S)
-        sent = self.call(self.prefill, "send", address=self._address)
+        sent = self.call(self.prefill, op, address=self._address, **arguments)
         return {**self._wait(self.decode), **sent}
 
     def _settle(self, worker: Worker) -> None:

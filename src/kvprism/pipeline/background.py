@@ -1,24 +1,90 @@
-"""Layers leave on a thread of their own while the caller computes the next ones."""
+"""Layers, or parts of them, leave on a thread while the caller computes the next ones."""
 
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Generic, Self, TypeVar
 
 from kvprism.pipeline.link import SILENCE_S
 from kvprism.pipeline.sender import Sent, Transfer
 from kvprism.plans import LayerPlan
-from kvprism.tensors import LayerView
+from kvprism.staged import StagedPlan
+from kvprism.tensors import LayerKV, LayerView, RequestKV
+
+T = TypeVar("T")
 
 
-class LayerSender:
+class _Background(ABC, Generic[T]):
+    """Takes what is handed over, in order, on a thread of its own.
+
+    torch, the codec and the socket let go of the interpreter lock, so that the caller's computation
+    goes on meanwhile. `plan_s` is time that passed, the caller's turns included; `plan_cpu_s` is
+    this thread's own. While nothing comes it tells the peer that this side is at work.
+    """
+
+    def __init__(self, transfer: Transfer) -> None:
+        self.plan_s = self.plan_cpu_s = 0.0
+        self._transfer = transfer
+        self._waiting: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="kvprism-sender", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def put(self, item: T) -> None:
+        """Hand over what comes next; returns at once.
+
+        Raises:
+            KVPrismError: what an earlier one met, in its plan or on its way.
+        """
+        self._raise()
+        self._waiting.put(item)
+
+    @abstractmethod
+    def _take(self, item: T) -> None: ...
+
+    def _end(self) -> None:
+        """Wait until everything was taken."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _planned(self, plan: Callable[[], LayerPlan]) -> LayerPlan:
+        started, computed = time.perf_counter(), time.thread_time()
+        layer = plan()
+        self.plan_s += time.perf_counter() - started
+        self.plan_cpu_s += time.thread_time() - computed
+        return layer
+
+    def _work(self) -> None:
+        try:
+            while (item := self._next()) is not None:
+                self._take(item)
+        except BaseException as error:  # raised again in the caller's thread
+            self._error = error
+
+    def _next(self) -> T | None:
+        while True:
+            with suppress(queue.Empty):
+                return self._waiting.get(timeout=SILENCE_S / 4)
+            self._transfer.ping()
+
+
+class LayerSender(_Background[LayerView]):
     """Plans, encodes and sends the layers of one transfer, in order, on a thread of its own.
 
-    plan: a layer's plan, such as `LayerPlanner.plan`; called on that thread. torch, the codec and
-    the socket let go of the interpreter lock, so that the caller's computation goes on meanwhile.
-    `plan_s` is time that passed, the caller's turns included; `plan_cpu_s` is this thread's own.
-    While no layer comes it tells the peer that this side is at work.
+    plan: a layer's plan, such as `LayerPlanner.plan`; called on that thread.
 
     The request is closed after its last layer. Leave the context to end the thread; only `finish`
     says that the peer has everything.
@@ -30,29 +96,9 @@ class LayerSender:
     """
 
     def __init__(self, transfer: Transfer, plan: Callable[[LayerView], LayerPlan]) -> None:
-        self.plan_s = self.plan_cpu_s = 0.0
-        self._transfer, self._plan = transfer, plan
-        self._waiting: queue.SimpleQueue[LayerView | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
+        self._plan = plan
         self._sent: Sent | None = None
-        self._thread = threading.Thread(target=self._work, name="kvprism-sender", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "LayerSender":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-
-    def put(self, view: LayerView) -> None:
-        """Hand over a layer; returns at once.
-
-        Raises:
-            KVPrismError: what an earlier layer met; see `LayerPlanner.plan`, `Transfer.send_layer`.
-        """
-        self._raise()
-        self._waiting.put(view)
+        super().__init__(transfer)
 
     def finish(self) -> Sent:
         """Wait until the peer has acknowledged all layers.
@@ -60,31 +106,45 @@ class LayerSender:
         Raises:
             KVPrismError: as `put`, and as `Transfer.finish`.
         """
-        self._waiting.put(None)
-        self._thread.join()
+        self._end()
         self._raise()
         return self._sent or self._transfer.finish()
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _take(self, view: LayerView) -> None:
+        layer = self._planned(lambda: self._plan(view))
+        self._transfer.send_layer(view.kv, layer)
+        if not self._transfer.layers_left:
+            # Now, not when the caller is done: what it still computes is no part of this.
+            self._sent = self._transfer.finish()
 
-    def _work(self) -> None:
-        try:
-            while (view := self._next()) is not None:
-                started, computed = time.perf_counter(), time.thread_time()
-                layer = self._plan(view)
-                self.plan_s += time.perf_counter() - started
-                self.plan_cpu_s += time.thread_time() - computed
-                self._transfer.send_layer(view.kv, layer)
-                if not self._transfer.layers_left:
-                    # Now, not when the caller is done: what it still computes is no part of this.
-                    self._sent = self._transfer.finish()
-        except BaseException as error:  # raised again in the caller's thread
-            self._error = error
 
-    def _next(self) -> LayerView | None:
-        while True:
-            with suppress(queue.Empty):
-                return self._waiting.get(timeout=SILENCE_S / 4)
-            self._transfer.ping()
+class ChunkSender(_Background[LayerKV]):
+    """The same for a prompt that is prefilled in chunks: each layer's part leaves as it comes.
+
+    base: a part's provisional plan, such as `ChunkPlanner.base`; called on that thread.
+
+    Example:
+        with ChunkSender(transfer, planner.base) as parts:
+            kv, views = capture_chunks(model, ids, 512, parts.put)
+            parts.wait()
+            sent = parts.finish(kv, planner.plan(views))
+    """
+
+    def __init__(self, transfer: Transfer, base: Callable[[LayerKV], LayerPlan]) -> None:
+        self._base = base
+        super().__init__(transfer)
+
+    def wait(self) -> None:
+        """Until every part was sent; errors as `put`."""
+        self._end()
+        self._raise()
+
+    def finish(self, kv: RequestKV, plan: StagedPlan) -> Sent:
+        """After `wait`: send the upgrades, and wait until the peer has acknowledged everything."""
+        self._transfer.send_upgrades(kv, plan)
+        sent = self._transfer.finish()
+        assert sent.wire_nbytes == plan.nbytes, (sent.wire_nbytes, plan.nbytes)
+        return sent
+
+    def _take(self, kv: LayerKV) -> None:
+        self._transfer.send_part(kv, self._planned(lambda: self._base(kv)))

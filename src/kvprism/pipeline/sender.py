@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from kvprism.codec.stream import (
@@ -14,6 +14,7 @@ from kvprism.codec.stream import (
     menu_of,
     offered_conditioning,
     offered_shape,
+    stages,
 )
 from kvprism.core import Capability, Drop, KVShape, Tier
 from kvprism.errors import ShapeMismatch
@@ -21,6 +22,7 @@ from kvprism.layout import WHOLE, Split
 from kvprism.pipeline.link import SILENCE_S, Link
 from kvprism.plans import LayerPlan, Plan, offer_of
 from kvprism.profiles import Profile, stated_hash
+from kvprism.staged import StagedPlan, within
 from kvprism.tensors import LayerKV, RequestKV
 from kvprism.transport import tcp
 from kvprism.wire.frames import frame_nbytes, pack
@@ -114,8 +116,8 @@ class Sender:
         for layer in plan.layers:
             layer.check_drops(plan.menu, self.capability)
         transfer = self.open(plan.shape, plan.menu, plan.split, request)
-        for layer_kv, layer in zip(kv.layers, plan.layers, strict=True):
-            transfer._send_layer(layer_kv, layer)
+        for layer_kv, layer in stages(kv, plan):
+            transfer._encode_and_send(layer_kv, layer)
         sent = transfer.finish()
         assert sent.wire_nbytes == plan.nbytes, (sent.wire_nbytes, plan.nbytes)
         return sent
@@ -172,7 +174,7 @@ class Transfer:
         self._menu = menu_of(offer)
         self._nbytes = frame_nbytes(offer)
         self._encode_s = 0.0
-        self._layer_nbytes: list[int] = []
+        self._layer_nbytes = dict.fromkeys(self._shapes, 0)
         self._resent = 0
         self.layers_left = len(self._shapes)  # to be sent
         # Kept until the acknowledgement: the peer asks again for a damaged piece.
@@ -190,7 +192,30 @@ class Transfer:
             raise ShapeMismatch(f"offered {offered or 'no such layer'}, got {layer.shape}")
         check_layer(kv, layer.shape)
         layer.check_drops(self._menu, self._sender.capability)
-        self._send_layer(kv, layer)
+        self._encode_and_send(kv, layer)
+        self.layers_left -= 1
+
+    def send_part(self, kv: LayerKV, part: LayerPlan) -> None:
+        """Encode some tokens of a layer, or what becomes of them, and send it.
+
+        Raises:
+            ShapeMismatch: not within a layer that was offered, or not the tokens that were planned.
+            CodecError, PeerLost, PeerSilent: as `Sender.send`.
+        """
+        offered, tokens = self._shapes.get(part.shape.layer_id), part.shape.token_range
+        if (
+            offered is None
+            or replace(part.shape, token_range=offered.token_range) != offered
+            or within(offered, *tokens) != tokens
+        ):
+            raise ShapeMismatch(f"offered {offered or 'no such layer'}, got {part.shape}")
+        self._encode_and_send(kv, part)
+
+    def send_upgrades(self, kv: RequestKV, plan: StagedPlan) -> None:
+        """After all parts: what becomes of their rows; errors as `send_part`."""
+        layers = {layer.layer_id: layer for layer in kv.layers}
+        for upgrade in plan.upgrades:
+            self.send_part(layers[upgrade.shape.layer_id], upgrade)
 
     def ping(self) -> None:
         """Tell the peer that this side is still at work."""
@@ -213,25 +238,33 @@ class Transfer:
             encode_s=self._encode_s,
             seconds=time.perf_counter() - self._started,
             resent=self._resent,
-            layer_nbytes=tuple(self._layer_nbytes),
+            layer_nbytes=tuple(self._layer_nbytes.values()),
         )
 
-    def _send_layer(self, kv: LayerKV, layer: LayerPlan) -> None:
+    @property
+    def nbytes(self) -> int:
+        """What was sent so far, the offer included."""
+        return self._nbytes
+
+    @property
+    def encode_s(self) -> float:
+        """Seconds of encoding so far."""
+        return self._encode_s
+
+    def _encode_and_send(self, kv: LayerKV, layer: LayerPlan) -> None:
         own = self._conditioning.get(kv.layer_id)
         pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded), own)
-        self._layer_nbytes.append(0)
         with self._sender._link.guard():
             while True:
                 started = time.perf_counter()
                 encoded = next(pieces, None)
                 self._encode_s += time.perf_counter() - started
                 if encoded is None:
-                    self.layers_left -= 1
                     return
                 self._encoded.append(encoded)
                 nbytes = self._sender._send_encoded(encoded)
                 self._nbytes += nbytes
-                self._layer_nbytes[-1] += nbytes
+                self._layer_nbytes[kv.layer_id] += nbytes
                 self._answer()
 
     def _answer(self) -> None:

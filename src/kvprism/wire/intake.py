@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from itertools import chain
 
-from kvprism.core import DROP_CODEC, ITEMSIZE
+from kvprism.core import DROP_CODEC, ITEMSIZE, UPGRADE_CODEC
 from kvprism.errors import Damaged, ProtocolViolation
 from kvprism.wire.frames import frame_nbytes, segments_nbytes
 from kvprism.wire.messages import Block, End, Manifest, Offer
@@ -44,10 +44,16 @@ def overlap(rectangles: list[Rectangle]) -> bool:
     return False
 
 
+def _cells(block: Block) -> int:
+    """(head, token) rows of a block."""
+    return (block.heads[1] - block.heads[0]) * (block.tokens[1] - block.tokens[0])
+
+
 class Intake:
     """Checks manifests against their offer; the request is complete when their blocks tile it.
 
-    `allow_drop`: whether a block may use a tier that sends nothing.
+    Blocks of upgrades come after all others of their layer and component, and are no tiles: no two
+    of them may hold one row. `allow_drop`: whether a block may use a tier that sends nothing.
     """
 
     def __init__(self, offer: Offer, *, allow_drop: bool = True) -> None:
@@ -62,9 +68,13 @@ class Intake:
             for entry in offer.layers
             for component in entry.components
         }
-        self._open_cells = sum((t[1] - t[0]) * heads for t, heads in self._area.values())
+        # Rows that no manifest announced yet: of each component, until upgrades may come.
+        self._awaited = {key: (t[1] - t[0]) * heads for key, (t, heads) in self._area.items()}
+        self._open_cells = self._open_upgrades = sum(self._awaited.values())
         self._tiles: dict[tuple[int, str], list[Rectangle]] = defaultdict(list)
+        self._upgraded: dict[tuple[int, str], list[Rectangle]] = defaultdict(list)
         codecs = [tier.codec for tier in offer.menu]
+        self._upgrades = {i for i, codec in enumerate(codecs) if codec == UPGRADE_CODEC}
         self._tiers = {i for i, codec in enumerate(codecs) if allow_drop or codec != DROP_CODEC}
         self._menu = len(codecs)
 
@@ -72,7 +82,8 @@ class Intake:
         """A manifest came; its segments follow.
 
         Raises:
-            ProtocolViolation: out of sequence, outside the offered area or menu.
+            ProtocolViolation: out of sequence, outside the offered area or menu, or upgrades of
+                rows that have not come.
         """
         self._settle(None)
         if manifest.sequence != self.manifests and manifest.sequence not in self.damaged:
@@ -87,6 +98,10 @@ class Intake:
             )
         for block in manifest.blocks:
             self._check_inside(block)
+            if self._upgrades_rows(manifest, block):
+                self._check_all_announced(block)
+            elif manifest.sequence == self.manifests:
+                self._awaited[block.layer, block.component] -= _cells(block)
         if manifest.sequence == self.manifests:
             self.manifests += 1
             self.nbytes += manifest_nbytes(manifest)
@@ -101,11 +116,14 @@ class Intake:
         self._settle(manifest)
         self.damaged.pop(manifest.sequence, None)
         for block in manifest.blocks:
-            self._open_cells -= (block.heads[1] - block.heads[0]) * (
-                block.tokens[1] - block.tokens[0]
-            )
-            self._tiles[block.layer, block.component].append((block.tokens, block.heads))
-        if self._open_cells < 0:
+            if self._upgrades_rows(manifest, block):
+                self._open_upgrades -= _cells(block)
+                tiles = self._upgraded
+            else:
+                self._open_cells -= _cells(block)
+                tiles = self._tiles
+            tiles[block.layer, block.component].append((block.tokens, block.heads))
+        if min(self._open_cells, self._open_upgrades) < 0:
             raise ProtocolViolation(
                 f"manifest {manifest.sequence}: its blocks overlap earlier ones"
             )
@@ -145,7 +163,8 @@ class Intake:
         Raises:
             ProtocolViolation: a gap or an overlap.
         """
-        for (layer, component), rectangles in self._tiles.items():
+        tiled = chain(self._tiles.items(), self._upgraded.items())
+        for (layer, component), rectangles in tiled:
             if overlap(rectangles):
                 raise ProtocolViolation(f"layer {layer} {component!r}: two blocks overlap")
         if self._open_cells:
@@ -155,6 +174,23 @@ class Intake:
         if self._expected is not manifest:
             raise ProtocolViolation("a manifest and its segments must come together")
         self._expected = None
+
+    def _upgrades_rows(self, manifest: Manifest, block: Block) -> bool:
+        palette = set(manifest.maps[block.map].palette)
+        if len({tier in self._upgrades for tier in palette}) > 1:
+            raise ProtocolViolation(
+                f"manifest {manifest.sequence}: a block of layer {block.layer} {block.component!r} "
+                f"mixes upgrades with other tiers: {sorted(palette)}"
+            )
+        return palette <= self._upgrades
+
+    def _check_all_announced(self, block: Block) -> None:
+        awaited = self._awaited[block.layer, block.component]
+        if awaited > 0:
+            raise ProtocolViolation(
+                f"an upgrade of layer {block.layer} {block.component!r} before {awaited} of its "
+                "(head, token) rows"
+            )
 
     def _check_inside(self, block: Block) -> None:
         (start, stop), heads = self._area.get((block.layer, block.component), ((0, 0), 0))

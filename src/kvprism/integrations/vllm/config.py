@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvprism.chunkwise import ChunkPlanner, leaves_in_chunks
 from kvprism.core import KVShape
 from kvprism.errors import BadInput, Unsupported
 from kvprism.layerwise import leaves_early
@@ -34,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     importance: Literal["position", "norm", "attention"] = "position"
     profile: str | None = None
     weights: str = ""
-    send: Literal["request", "chunk", "layer"] = "request"
+    send: Literal["request", "chunk", "layer", "upgrade"] = "request"
     only_new: bool = False
     decode_address: str | None = None
     listen: str | None = None
@@ -85,6 +86,11 @@ class ConnectorConfig:
             raise BadInput(
                 f"send: policy {settings.policy!r} plans a layer knowing the others, so none can "
                 "leave before the last; send by request or chunk, or choose spectrum-layer"
+            )
+        if settings.send == "upgrade" and not leaves_in_chunks(settings.policy):
+            raise BadInput(
+                f"send: policy {settings.policy!r} may drop tokens or plans a layer by itself, so "
+                "that no chunk can leave before the last; send by request, or choose spectrum"
             )
         if producer and settings.decode_address is None and not settings.allowed_peers:
             raise BadInput(
@@ -139,11 +145,14 @@ class ConnectorConfig:
 
         Raises:
             Unsupported: the policy drops tokens.
-            BudgetTooSmall: not even a prompt of the largest length fits.
+            BudgetTooSmall: not even a prompt of the largest length fits, by `send` upgrade with its
+                provisional map.
             ProfileMismatch: the policy needs something that the profile does not have.
         """
         s = self.settings
         budget = None if s.budget is None else str(s.budget)
+        if s.send == "upgrade":
+            ChunkPlanner(shape, s.policy, budget, options=self.options, profile=self.profile)
         planned = plan_shape(shape, s.policy, budget, self.options, self.profile)
         dropped = planned.histogram().get("drop", 0)
         if dropped:

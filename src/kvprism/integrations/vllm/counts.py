@@ -13,6 +13,7 @@ COUNTS: Mapping[str, tuple[str | None, str]] = {
     "reference_bytes": (None, "Bytes of the sent cache at 16 bits a value."),
     "wire_bytes": (None, "Bytes sent, all of them: payload, scales, maps, manifests, digests."),
     "early_layers": (None, "Layers that left before the last one of their step was computed."),
+    "early_chunks": (None, "Chunks that left, at 4 bits, before their prompt was whole."),
     "received_bytes": (None, "Bytes received, counted as wire_bytes."),
     "tokens": ("tier", "Tokens sent by tier, averaged over layers and heads."),
     "plan_seconds": (None, "Seconds spent on planning."),

@@ -4,76 +4,19 @@ import logging
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
 
-from kvprism.core import KVShape
+from kvprism.chunkwise import ChunkPlanner
 from kvprism.errors import BudgetTooSmall, KVPrismError, TransportError
 from kvprism.integrations.vllm.config import Address, ConnectorConfig
 from kvprism.integrations.vllm.counts import Counts
+from kvprism.integrations.vllm.parts import AnyPart, Asked, ChunkedPart, LayeredPart, Part, joined
 from kvprism.integrations.vllm.scheduler import part_id
 from kvprism.layerwise import LayerPlanner
-from kvprism.pipeline import Sender, Sent, Transfer
-from kvprism.planning import PlanOptions, plan
+from kvprism.pipeline import Sender, Sent
+from kvprism.planning import plan
 from kvprism.plans import Plan
-from kvprism.tensors import LayerView, RequestKV
 
 logger = logging.getLogger("vllm.kvprism")
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Tokens of a prompt, from `start` on, all of whose layers are here."""
-
-    binding: bytes
-    start: int
-    options: PlanOptions
-    views: tuple[LayerView, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.kv.resident_nbytes
-
-    @property
-    def kv(self) -> RequestKV:
-        layers = tuple(view.kv for view in self.views)
-        return RequestKV(layers, int(layers[0].positions[-1]) + 1)
-
-
-@dataclass(eq=False)
-class LayeredPart:
-    """The same, whose layers come one after the other while a step is computed; `put` them all.
-
-    taken: how many of them were sent, or tried; computed: the step is past its last layer.
-    """
-
-    binding: bytes
-    start: int
-    options: PlanOptions
-    shape: KVShape
-    taken: int = 0
-    computed: bool = False
-    given: set[int] = field(default_factory=set)
-    _waiting: queue.SimpleQueue[LayerView] = field(default_factory=queue.SimpleQueue)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.native_nbytes
-
-    def put(self, view: LayerView) -> None:
-        self.given.add(view.kv.layer_id)
-        self.computed |= len(self.given) == len(self.shape.layers)
-        self._waiting.put(view)
-
-    def take(self, transfer: Transfer, patience_s: float) -> LayerView:
-        """The next layer; meanwhile the peer hears every `patience_s` that this side is at work."""
-        while True:
-            try:
-                view = self._waiting.get(timeout=patience_s)
-            except queue.Empty:
-                transfer.ping()
-            else:
-                self.taken += 1
-                return view
 
 
 class Courier:
@@ -84,13 +27,13 @@ class Courier:
     ) -> None:
         self.address = address
         self._config, self._fingerprint, self._counts = config, fingerprint, counts
-        self._parts: queue.SimpleQueue[Part | LayeredPart | None] = queue.SimpleQueue()
+        self._parts: queue.SimpleQueue[AnyPart | None] = queue.SimpleQueue()
         self._lock, self._waiting_nbytes = threading.Lock(), 0
         self._sender: Sender | None = None
         self._thread = threading.Thread(target=self._run, name="kvprism-courier", daemon=True)
         self._thread.start()
 
-    def put(self, part: Part | LayeredPart) -> bool:
+    def put(self, part: AnyPart) -> bool:
         """Send a part soon; refused, and counted, when too much waits already."""
         with self._lock:
             full = self._waiting_nbytes + part.nbytes > self._config.settings.max_outbox_nbytes
@@ -116,24 +59,29 @@ class Courier:
                     "kvprism: not sent to %s port %d: %r", *self.address, error, exc_info=not known
                 )
                 self._hang_up()
+                if isinstance(part, ChunkedPart):
+                    part.failed = True
             with self._lock:
                 self._waiting_nbytes -= part.nbytes
         self._hang_up()
 
-    def _send(self, part: Part | LayeredPart) -> None:
+    def _send(self, part: AnyPart) -> None:
         """Over the open connection; where the peer has left it since, once more over a new one."""
         known = self._sender is not None
         try:
             self._send_over(self._connected(), part)
         except TransportError:
             self._hang_up()
-            if not known or (isinstance(part, LayeredPart) and part.taken):
+            if not known or (not isinstance(part, Part) and part.taken):
                 raise
             self._send_over(self._connected(), part)
 
-    def _send_over(self, sender: Sender, part: Part | LayeredPart) -> None:
+    def _send_over(self, sender: Sender, part: AnyPart) -> None:
         if isinstance(part, LayeredPart):
             self._send_layers(sender, part)
+            return
+        if isinstance(part, ChunkedPart):
+            self._send_chunks(sender, part)
             return
         started = time.perf_counter()
         planned = self._plan(sender, part)
@@ -157,6 +105,41 @@ class Courier:
                 self._counts.add(early_layers=1)
         sent = transfer.finish()
         self._count(Plan(tuple(layers), planner.menu, planner.split), plan_s, sent)
+
+    def _send_chunks(self, sender: Sender, part: ChunkedPart) -> None:
+        """Each chunk as it comes, under a provisional map; after the last, what is worth more."""
+        s, patience_s = self._config.settings, self._config.settings.silence_s / 4
+        planner = ChunkPlanner(
+            part.shape,
+            s.policy,
+            s.budget,
+            options=self._config.options,
+            capability=sender.capability,
+            profile=self._config.profile,
+            must_fit=False,
+        )
+        request = part_id(part.binding, part.start)
+        transfer = sender.open(part.shape, planner.menu, planner.split, request)
+        chunks = []
+        while not isinstance(item := part.take(transfer, patience_s), Asked):
+            if item is None:
+                self._counts.label("failures", "abandoned")
+                self._hang_up()  # what was sent of it is dropped there
+                return
+            for kv in item:
+                transfer.send_part(kv, planner.base(kv))
+            chunks.append(item)
+            if not part.computed:
+                self._counts.add(early_chunks=1)
+        whole, views = joined(chunks, item)
+        started = time.perf_counter()
+        planned = planner.plan(views, item.importance)
+        plan_s = time.perf_counter() - started
+        transfer.send_upgrades(whole, planned)
+        sent = transfer.finish()
+        if planner.missed:
+            self._counts.add(budget_misses=1)
+        self._count(planned, plan_s, sent)
 
     def _planner(self, sender: Sender, part: LayeredPart) -> LayerPlanner:
         s = self._config.settings

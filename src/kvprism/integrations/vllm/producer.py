@@ -9,8 +9,9 @@ import torch
 from kvprism.core import ComponentShape, KVShape, LayerShape
 from kvprism.integrations.vllm.config import Address, ConnectorConfig
 from kvprism.integrations.vllm.counts import Counts
-from kvprism.integrations.vllm.courier import Courier, LayeredPart, Part
+from kvprism.integrations.vllm.courier import Courier
 from kvprism.integrations.vllm.layouts import PagedCache
+from kvprism.integrations.vllm.parts import Asked, ChunkedPart, LayeredPart, Part
 from kvprism.integrations.vllm.queries import QueryTap, last_slots
 from kvprism.integrations.vllm.scheduler import Save
 from kvprism.planning import PlanOptions
@@ -40,6 +41,8 @@ class Producer:
         self._config, self._fingerprint = config, fingerprint
         self._cache, self._counts, self._tap = cache, counts, tap
         self._layered = config.settings.send == "layer"
+        self._upgrades = config.settings.send == "upgrade"
+        self._begun: dict[str, ChunkedPart] = {}  # whose last chunk has not come
         self._copied: dict[str, list[tuple[int, Rows]]] = {}
         self._open: dict[str, LayeredPart | None] = {}  # of this step; None: not to be sent
         self._queries: dict[str, dict[int, torch.Tensor]] = {}
@@ -63,6 +66,9 @@ class Producer:
                 self._open.pop(save.request_id, None)
                 self._queries.pop(save.request_id, None)
                 continue
+            if self._upgrades:
+                self._hand_over_chunk(save)
+                continue
             rows = {layer: self._rows(save, layer) for layer in self._cache.layers}
             self._copied.setdefault(save.request_id, []).append((save.start, rows))
             if save.last or self._config.settings.send == "chunk":
@@ -73,6 +79,8 @@ class Producer:
         for request_id in request_ids:
             self._copied.pop(request_id, None)
             self._queries.pop(request_id, None)
+            if (begun := self._begun.pop(request_id, None)) is not None:
+                begun.give_up()
 
     def close(self) -> None:
         for courier in self._couriers.values():
@@ -96,14 +104,38 @@ class Producer:
             taker.computed |= computed
             taker.put(self._view(save.request_id, layer, save.start, *self._rows(save, layer)))
 
+    def _hand_over_chunk(self, save: Save) -> None:
+        """All layers of a step's tokens; the first chunk of a prompt opens its transfer."""
+        if save.start == save.whole[0]:
+            part = ChunkedPart(save.binding, save.start, self._shape(*save.whole))
+            if self._courier(save.address).put(part):
+                self._begun[save.request_id] = part
+        begun = self._begun.get(save.request_id)
+        if begun is not None and not begun.failed:
+            layers = []
+            for layer in sorted(self._cache.layers):
+                keys, values = self._rows(save, layer)
+                layers.append(self._kv(layer, save.start, keys, values))
+            begun.put(tuple(layers))
+        if save.last:
+            self._begun.pop(save.request_id, None)
+            importance = self._options(save.request_id).importance
+            queries = self._queries.pop(save.request_id, {})
+            scales = {} if self._tap is None else self._tap.scales
+            if begun is not None:
+                own = {layer: (x, scales[layer]) for layer, x in queries.items()}
+                begun.end(Asked(importance, own))
+
     def _opened(self, save: Save) -> LayeredPart:
+        shape, options = self._shape(save.start, save.stop), self._options(save.request_id)
+        return LayeredPart(save.binding, save.start, options, shape)
+
+    def _shape(self, start: int, stop: int) -> KVShape:
         layers = []
         for layer, (keys, _) in sorted(self._cache.layers.items()):
             components = tuple(ComponentShape(x, keys.shape[1], keys.shape[3]) for x in ("k", "v"))
-            tokens = (save.start, save.stop)
-            layers.append(LayerShape(layer, components, tokens, DTYPE_NAMES[keys.dtype]))
-        options = self._options(save.request_id)
-        return LayeredPart(save.binding, save.start, options, KVShape(tuple(layers)))
+            layers.append(LayerShape(layer, components, (start, stop), DTYPE_NAMES[keys.dtype]))
+        return KVShape(tuple(layers))
 
     def _joined(self, save: Save) -> Part:
         """All that was copied of a request since its last part."""
@@ -119,12 +151,15 @@ class Producer:
     def _view(
         self, request_id: str, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
     ) -> LayerView:
-        positions = torch.arange(start, start + keys.shape[1])
-        kv = LayerKV(layer, {"k": keys, "v": values}, positions)
+        kv = self._kv(layer, start, keys, values)
         queries = self._queries.get(request_id, {}).get(layer)
         if self._tap is None or queries is None:
             return LayerView(kv)
         return LayerView(kv, queries, self._tap.scales[layer])
+
+    def _kv(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> LayerKV:
+        positions = torch.arange(start, start + keys.shape[1])
+        return LayerKV(layer, {"k": keys, "v": values}, positions)
 
     def _remember(self, save: Save, layer: int, queries: torch.Tensor | None) -> None:
         """The last window of what a part was asked so far, over its steps."""

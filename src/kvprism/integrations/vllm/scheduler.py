@@ -30,7 +30,10 @@ MAX_CLAIMED = 2**16
 
 @dataclass(frozen=True)
 class Save:
-    """Producer's work after a step: copy the tokens `[start, stop)`; last: the prompt is whole."""
+    """Producer's work after a step: copy the tokens `[start, stop)`; last: the prompt is whole.
+
+    whole: all tokens of the prompt that are sent, in this step and others.
+    """
 
     request_id: str
     binding: bytes
@@ -39,6 +42,7 @@ class Save:
     start: int
     stop: int
     last: bool
+    whole: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -149,10 +153,9 @@ class SchedulerHalf:
             out = self._outgoing.get(request_id)
             if out is None or (reached := min(computed, out.stop)) <= out.copied:
                 continue
-            last = reached == out.stop
-            saves.append(
-                Save(request_id, out.binding, out.address, tuple(blocks), out.copied, reached, last)
-            )
+            last, whole = reached == out.stop, (out.first, out.stop)
+            destination = out.binding, out.address, tuple(blocks)
+            saves.append(Save(request_id, *destination, out.copied, reached, last, whole))
             out.copied = reached
         return saves
 
