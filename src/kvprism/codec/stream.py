@@ -4,7 +4,7 @@ A request's stream is the same bytes in a file and on a connection: offer, then 
 its segments, then end. `plan.nbytes == len(encode(kv, plan))`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 
@@ -75,8 +75,11 @@ def encode_layer(
     split: Split = WHOLE,
     first_sequence: int = 0,
     conditioning: KeyConditioning | None = None,
+    allocate: Callable[[int], memoryview] = lambda nbytes: memoryview(bytearray(nbytes)),
 ) -> Iterator[Encoded]:
     """Encode one layer, manifest by manifest; conditioning: of its quantised keys, if they are.
+
+    allocate: the memory of a segment area of so many bytes, whatever is in it.
 
     Whatever applies a plan comes through here, so this is where a merging policy's rewrite acts.
 
@@ -87,7 +90,8 @@ def encode_layer(
     check_layer(kv, layer.shape)
     kv = kv if layer.rewrite is None else layer.rewrite(kv)
     for manifest in manifests_of(layer, menu, split, first_sequence):
-        area = memoryview(bytearray(frames.segments_nbytes(manifest)))
+        area = allocate(frames.segments_nbytes(manifest))
+        frames.clear_padding(manifest, area)
         slices = iter(frames.segment_slices(manifest))
         blocks = []
         for block in manifest.blocks:

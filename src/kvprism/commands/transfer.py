@@ -24,7 +24,7 @@ from kvprism.policies import signals_of
 from kvprism.profiles import Profile
 from kvprism.retention import Retention, needs_mass
 from kvprism.routes import FULL
-from kvprism.transport import tcp
+from kvprism.transport import addresses
 from kvprism.transport.token import load_token
 
 Say = Callable[[str], None]
@@ -212,7 +212,7 @@ def decode_here(
     backend.refuse_slow()
     token, shared = load_token(token_file), load_profile(profile)
     retention = Retention.parse(decode_policy, decode_budget)
-    with tcp.listen(host, port, allow_remote=allow_remote):
+    with addresses.listen(host, port, allow_remote=allow_remote):
         pass  # a port that is taken is found before the model is loaded
     ids = read_prompt(model, file, tokens, new_tokens)
     at: dict[str, Any] = {"host": host, "port": port, "allow_remote": allow_remote}

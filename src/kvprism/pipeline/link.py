@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 from kvprism.errors import PeerLost, Rejected, TransportError
-from kvprism.transport import tcp
+from kvprism.transport.connection import Connection
 from kvprism.wire.frames import Buffer
 from kvprism.wire.messages import Abort, Reject
 from kvprism.wire.session import ReceiverSession, SenderSession
@@ -19,7 +19,7 @@ SessionT = TypeVar("SessionT", SenderSession, ReceiverSession)
 class Link(Generic[SessionT]):
     """Reads what has come, lets the session answer, and sends what it says."""
 
-    def __init__(self, connection: tcp.Connection, session: SessionT) -> None:
+    def __init__(self, connection: Connection, session: SessionT) -> None:
         self.connection = connection
         self.session: SessionT = session
         self.closed = False

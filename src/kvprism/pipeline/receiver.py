@@ -11,7 +11,7 @@ from kvprism.errors import PeerLost, PeerSilent, Rejected, Unsupported
 from kvprism.pipeline.link import SILENCE_S, Link
 from kvprism.profiles import Profile, stated_hash
 from kvprism.tensors import RequestKV
-from kvprism.transport import tcp
+from kvprism.transport import addresses
 from kvprism.wire.frames import frame_nbytes
 from kvprism.wire.intake import manifest_nbytes
 from kvprism.wire.messages import NOT_STATED, End, Offer
@@ -64,9 +64,11 @@ class Receiver:
     profile, or none where this side has one. Without key conditioning in its profile a receiver
     does not read the conditioned code.
 
+    host `shm`: shared memory, for a sender on this machine; any other is an address of TCP.
+
     Raises:
         AddressInUse: the port is taken.
-        Unsupported: a capability that this receiver does not have.
+        Unsupported: a capability that this receiver does not have; no shared memory here.
 
     Example:
         with Receiver(token) as receiver:
@@ -109,7 +111,9 @@ class Receiver:
         )
         self._profile = profile
         self._tickets = TicketBook(time.monotonic)
-        self._listener = tcp.listen(host, port, silence_s=silence_s, allow_remote=allow_remote)
+        self._listener = addresses.listen(
+            host, port, silence_s=silence_s, allow_remote=allow_remote
+        )
         self._peer: _Peer | None = None
 
     @property

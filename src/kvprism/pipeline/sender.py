@@ -24,7 +24,7 @@ from kvprism.plans import LayerPlan, Plan, offer_of
 from kvprism.profiles import Profile, stated_hash
 from kvprism.staged import StagedPlan, within
 from kvprism.tensors import LayerKV, RequestKV
-from kvprism.transport import tcp
+from kvprism.transport import addresses
 from kvprism.wire.frames import frame_nbytes, pack
 from kvprism.wire.messages import NOT_STATED, Offer, Ping, Resend
 from kvprism.wire.session import SenderSession
@@ -47,6 +47,8 @@ class Sent:
 
 class Sender:
     """The prefill side: one authenticated connection, one request at a time.
+
+    address: where a `Receiver` listens; the host `shm` stands for shared memory.
 
     Raises:
         PeerLost, PeerSilent: nobody answers at the address, or the peer stops answering.
@@ -71,7 +73,7 @@ class Sender:
         self._profile = profile
         self._identity = (fingerprint, stated_hash(profile))
         session = SenderSession(token, *self._identity)
-        connection = tcp.dial(
+        connection = addresses.dial(
             *address, timeout_s=silence_s, silence_s=silence_s, allow_remote=allow_remote
         )
         self._link = Link(connection, session)
@@ -232,6 +234,8 @@ class Transfer:
             while session.state != "ready":
                 sender._pump_until(lambda: session.state == "ready" or bool(sender._asked_again))
                 self._send_again()
+            self._encoded.clear()
+            sender._link.connection.reuse()
         return Sent(
             request=self._offer.request,
             wire_nbytes=self._nbytes + len(end),
@@ -253,7 +257,10 @@ class Transfer:
 
     def _encode_and_send(self, kv: LayerKV, layer: LayerPlan) -> None:
         own = self._conditioning.get(kv.layer_id)
-        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded), own)
+        allocate = self._sender._link.connection.allocate
+        pieces = encode_layer(
+            kv, layer, self._menu, self._split, len(self._encoded), own, allocate
+        )
         with self._sender._link.guard():
             while True:
                 started = time.perf_counter()

@@ -143,6 +143,13 @@ def segment_slices(manifest: Manifest) -> list[slice]:
     return slices
 
 
+def clear_padding(manifest: Manifest, area: memoryview) -> None:
+    """Write the zeros between the segments of an area that may hold anything."""
+    for slot in segment_slices(manifest):
+        end = padded(slot.stop)
+        area[slot.stop : end] = _ZEROS[: end - slot.stop]
+
+
 def with_padding(segments: Sequence[Buffer]) -> list[Buffer]:
     """The segments with the zeros between them: what follows the manifest, ready to send."""
     area: list[Buffer] = []
