@@ -1,5 +1,6 @@
 """Peers for the pipeline's tests: a thread, a process, and a link that a test can damage."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from kvprism.layout import Split
 from kvprism.pipeline import Received, Receiver, Sender, Sent
 from kvprism.plans import Plan
 from kvprism.tensors import RequestKV
+from kvprism.transport import addresses, shm
 
 TOKEN = bytes(range(32))
 SILENCE_S = 1.0
@@ -59,10 +61,18 @@ def still_works(receiver: Receiver) -> None:
 
 
 def pump(source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]) -> None:
-    """Carry what comes from one side to the other, until either ends."""
+    """Carry what comes from one side to the other, descriptors too, until either ends."""
     with suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(change(data))
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(source, 65536, 1)
+            if not data:
+                break
+            # What comes with a descriptor was sent at once, and comes last.
+            first = len(data) - 16 * bool(descriptors)
+            sink.sendall(change(data[:first]))
+            if descriptors:
+                socket.send_fds(sink, [change(data[first:])], descriptors)
+                os.close(descriptors[0])
     for sock in (source, sink):
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)  # wakes the pump of the other direction
@@ -70,22 +80,18 @@ def pump(source: socket.socket, sink: socket.socket, change: Callable[[bytes], b
 
 
 class Tap:
-    """A link on loopback: records what the sender says, and lets a test change it."""
+    """A link of this machine: records what the sender says, and lets a test change it."""
 
     def __init__(
         self, target: tuple[str, int], change: Callable[[bytes], bytes] = lambda data: data
     ) -> None:
         self.recorded = bytearray()
         self._change, self._target = change, target
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        listener = addresses.listen(shm.HOST if target[0] == shm.HOST else "127.0.0.1", 0)
+        self.address, self._listener = listener.address, listener._socket
         self._sockets = [self._listener]
         self._threads = [threading.Thread(target=self._serve)]
         self._threads[0].start()
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, port = self._listener.getsockname()
-        return host, port
 
     def __enter__(self) -> "Tap":
         return self
@@ -103,7 +109,8 @@ class Tap:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
+                far = addresses.dial(*self._target)._socket
+                far.settimeout(None)
                 self._sockets += [near, far]
                 for each in (
                     threading.Thread(target=pump, args=(near, far, self._record)),
@@ -143,9 +150,9 @@ def half_a_request(host: str, port: int) -> None:
         time.sleep(1000)
 
 
-def receive_for_ever() -> None:
+def receive_for_ever(host: str) -> None:
     """Say where, then take one request after another."""
-    with Receiver(TOKEN, silence_s=PATIENCE_S) as receiver:
+    with Receiver(TOKEN, host=host, silence_s=PATIENCE_S) as receiver:
         print(receiver.address[1], flush=True)
         while True:
             with suppress(KVPrismError):
@@ -154,6 +161,6 @@ def receive_for_ever() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "receive":
-        receive_for_ever()
+        receive_for_ever(sys.argv[2])
     else:
         half_a_request(sys.argv[2], int(sys.argv[3]))

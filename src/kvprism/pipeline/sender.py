@@ -258,9 +258,7 @@ class Transfer:
     def _encode_and_send(self, kv: LayerKV, layer: LayerPlan) -> None:
         own = self._conditioning.get(kv.layer_id)
         allocate = self._sender._link.connection.allocate
-        pieces = encode_layer(
-            kv, layer, self._menu, self._split, len(self._encoded), own, allocate
-        )
+        pieces = encode_layer(kv, layer, self._menu, self._split, len(self._encoded), own, allocate)
         with self._sender._link.guard():
             while True:
                 started = time.perf_counter()

@@ -128,7 +128,10 @@ class Listener(Generic[ConnectionT_co]):
     """A bound address; `address` is what to dial."""
 
     def __init__(
-        self, sock: socket.socket, address: Address, connect: Callable[[socket.socket], ConnectionT_co]
+        self,
+        sock: socket.socket,
+        address: Address,
+        connect: Callable[[socket.socket], ConnectionT_co],
     ) -> None:
         self.address = address
         self._socket, self._connect = sock, connect

@@ -22,6 +22,7 @@ import struct
 import time
 import weakref
 from collections.abc import Sequence
+from itertools import groupby
 
 from kvprism.errors import (
     AddressInUse,
@@ -44,7 +45,6 @@ _AT_ONCE = 2**18  # is digested while it is still in the processor's cache
 _ON_SOCKET = 2**64 - 1
 _RECORD = struct.Struct("<QQ")
 _ANY_PORT = range(2**15, 2**16)
-_ATTEMPTS = 100
 
 
 class Region:
@@ -170,18 +170,21 @@ class Connection(connection.Connection):
 
     def _send(self, views: Sequence[memoryview]) -> None:
         pending: list[Buffer] = []
-        for view in views:
-            offset = None if self._ours is None else self._ours.offset_of(view)
+        for offset, alike in groupby(views, self._offset_of):
+            group = list(alike)
             if offset is None:
-                pending += [_RECORD.pack(len(view), _ON_SOCKET), view]
+                pending += [_RECORD.pack(sum(map(len, group)), _ON_SOCKET), *group]
                 continue
-            pending.append(_RECORD.pack(len(view), offset))
             if not self._known:
-                self._put(pending[:-1])
-                self._introduce(pending.pop())
+                self._put(pending)
                 pending = []
+                self._introduce(_RECORD.pack(len(group.pop()), offset))
+            pending += [_RECORD.pack(len(view), offset) for view in group]
         self._put(pending)
         self.bytes_sent += sum(map(len, views))
+
+    def _offset_of(self, view: memoryview) -> int | None:
+        return None if self._ours is None else self._ours.offset_of(view)
 
     def _introduce(self, record: Buffer) -> None:
         """Send the first record of shared memory, and the memory's descriptor with it."""
@@ -246,22 +249,22 @@ def listen(port: int = 0, *, silence_s: float = SILENCE_S) -> Listener:
         Unsupported: this system has no such memory or no such sockets.
     """
     _check(port)
-    for _ in range(_ATTEMPTS):
-        chosen = port or secrets.choice(_ANY_PORT)
-        sock = _socket()
-        try:
-            sock.bind(_name(chosen))
-            sock.listen()
-        except OSError as error:
-            sock.close()
-            if error.errno != errno.EADDRINUSE:
-                raise TransportError(f"cannot listen on {HOST}: {error.strerror}") from error
-            if port:
-                break
-            continue
-        peer = named((HOST, chosen))
-        return Listener(sock, (HOST, chosen), lambda s: Connection(s, peer, silence_s))
-    raise AddressInUse(f"port {port or 'any'} on {HOST} is taken; choose another, or 0 for any")
+    chosen = port or secrets.choice(_ANY_PORT)
+    sock = _socket()
+    try:
+        sock.bind(_name(chosen))
+        sock.listen()
+    except OSError as error:
+        sock.close()
+        if error.errno != errno.EADDRINUSE:
+            raise TransportError(f"cannot listen on {HOST}: {error.strerror}") from error
+        if not port:
+            return listen(0, silence_s=silence_s)
+        raise AddressInUse(
+            f"port {port} on {HOST} is taken; choose another, or 0 for any"
+        ) from error
+    address = HOST, chosen
+    return Listener(sock, address, lambda accepted: Connection(accepted, named(address), silence_s))
 
 
 def dial(port: int, timeout_s: float = SILENCE_S, *, silence_s: float = SILENCE_S) -> Connection:
