@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import pytest
 from strategies import NATIVE, cache, plan_of, same_cache
 
 from kvprism.codec.stream import decode, encode
@@ -23,6 +24,7 @@ from kvprism.tensors import RequestKV
 from kvprism.transport import addresses, shm
 
 TOKEN = bytes(range(32))
+HOSTS = ["127.0.0.1", shm.HOST] if hasattr(os, "memfd_create") else ["127.0.0.1"]
 SILENCE_S = 1.0
 PATIENCE_S = 20.0
 TIERS = np.random.default_rng(0).integers(0, 3, (4, 24))
@@ -32,6 +34,11 @@ TIERS = np.random.default_rng(0).integers(0, 3, (4, 24))
 def in_thread(action: Callable[[], Any]) -> Iterator[Future[Any]]:
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(action)
+
+
+def each_transport(name: str, **others: Any) -> pytest.MarkDecorator:
+    """Run a test over TCP and over shared memory: with this argument or fixture, `indirect` one."""
+    return pytest.mark.parametrize(name, HOSTS, **others)
 
 
 def send_once(address: tuple[str, int], kv: RequestKV, plan: Plan, **settings: Any) -> Sent:

@@ -17,6 +17,7 @@ from strategies import (
     NATIVE,
     cache,
     caches,
+    conditioning_of,
     plan_of,
     plans,
     same_bits,
@@ -25,8 +26,16 @@ from strategies import (
 
 from codec.pieces import cut_cache, pieces_of, planes_of, stream_of
 from kvprism.codec.reference import nested_scale
-from kvprism.codec.stream import Assembler, Encoded, decode, encode, menu_of, offered_shape
-from kvprism.core import MENU, PUBLISHED_MENU
+from kvprism.codec.stream import (
+    Assembler,
+    Encoded,
+    decode,
+    encode,
+    encode_layer,
+    menu_of,
+    offered_shape,
+)
+from kvprism.core import MENU, MENUS, ONE_WIDTH_MENUS, PUBLISHED_MENU
 from kvprism.errors import (
     CodecError,
     KVPrismError,
@@ -302,3 +311,27 @@ def test_manifests_that_cover_one_component_alone_are_taken() -> None:
         start += nbytes
     stream = stream_of(offer_of(plan.shape, plan.menu), halves[::-1])
     assert same_cache(decode(stream), decode(encode(kv, plan)))
+
+
+@pytest.mark.parametrize("codec", ["auto", "reference"])
+@pytest.mark.parametrize("name", [*MENUS, *ONE_WIDTH_MENUS])
+def test_whatever_is_in_the_memory_the_bytes_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, codec: str, name: str
+) -> None:
+    """A transport gives memory again without clearing it."""
+    monkeypatch.setenv("KVPRISM_CODEC", codec)
+    menu, kv = (MENUS | ONE_WIDTH_MENUS)[name], cache(layers=1, heads=2, tokens=70, channels=64)
+    own = conditioning_of(kv)[0] if name == "conditioned" else None
+    kept = [i for i, tier in enumerate(menu) if tier.bits]
+    layer = plan_of(kv, np.resize(kept, (2, 70)), menu).layers[0]
+    clean, soiled = (
+        encode_layer(
+            kv.layers[0],
+            layer,
+            menu,
+            conditioning=own,
+            allocate=lambda n, was=was: memoryview(bytearray(was * n)),
+        )
+        for was in (b"\0", b"\xa5")
+    )
+    assert [bytes(piece.area) for piece in clean] == [bytes(piece.area) for piece in soiled]

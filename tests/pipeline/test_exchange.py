@@ -1,4 +1,4 @@
-"""Sender and Receiver over real TCP: what arrives, what is refused, and what a fault costs."""
+"""Sender and Receiver over real connections: what arrives, and what is refused."""
 
 import socket
 from collections.abc import Iterator
@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peers import PATIENCE_S, TOKEN, Tap, exchanged, in_thread, request, send_once, still_works
+from peers import (
+    PATIENCE_S,
+    TOKEN,
+    Tap,
+    each_transport,
+    exchanged,
+    in_thread,
+    request,
+    send_once,
+    still_works,
+)
 from strategies import DROP, INT4, INT8, NATIVE, cache, plan_of, same_cache, view_of
 
 from kvprism.codec.stream import decode, encode
@@ -34,11 +44,16 @@ from kvprism.tensors import RequestKV
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver(TOKEN, silence_s=PATIENCE_S) as listening:
+def receiver(request: pytest.FixtureRequest) -> Iterator[Receiver]:
+    host = getattr(request, "param", "127.0.0.1")
+    with Receiver(TOKEN, host=host, silence_s=PATIENCE_S) as listening:
         yield listening
 
 
+over_each = each_transport("receiver", indirect=True)
+
+
+@over_each
 @pytest.mark.parametrize("start", [0, 100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_what_arrives_is_what_a_file_would_hold(receiver: Receiver, start: int, dtype: str) -> None:
@@ -50,6 +65,7 @@ def test_what_arrives_is_what_a_file_would_hold(receiver: Receiver, start: int, 
     assert 0 < sent.encode_s < sent.seconds and 0 < received.decode_s < received.seconds
 
 
+@over_each
 @pytest.mark.parametrize("policy", ["raw", "spectrum", "sinks-recent"])
 def test_the_plans_of_policies_arrive(receiver: Receiver, policy: str) -> None:
     kv = cache(layers=2, tokens=150, channels=64)
@@ -59,6 +75,7 @@ def test_the_plans_of_policies_arrive(receiver: Receiver, policy: str) -> None:
     assert received.kv.next_position == 150
 
 
+@over_each
 def test_layers_leave_one_by_one_each_with_its_own_plan(receiver: Receiver) -> None:
     kv, chosen = request()
 
@@ -76,6 +93,7 @@ def test_layers_leave_one_by_one_each_with_its_own_plan(receiver: Receiver) -> N
     assert same_cache(received.kv, decode(encode(kv, chosen)))
 
 
+@over_each
 def test_one_connection_carries_many_requests(receiver: Receiver) -> None:
     requests = [request(seed=seed, tokens=24, start=seed) for seed in range(5)]
 
@@ -91,9 +109,10 @@ def test_one_connection_carries_many_requests(receiver: Receiver) -> None:
     assert len({one.request for one in received}) == 5
 
 
-def test_a_small_credit_makes_the_sender_wait_not_fail() -> None:
+@each_transport("host")
+def test_a_small_credit_makes_the_sender_wait_not_fail(host: str) -> None:
     kv, chosen = request()
-    with Receiver(TOKEN, credit_nbytes=8000) as receiver:
+    with Receiver(TOKEN, host=host, credit_nbytes=8000) as receiver:
         assert chosen.nbytes > 4 * 8000
         sent, received = exchanged(receiver, kv, chosen)
     assert same_cache(received.kv, decode(encode(kv, chosen))) and sent.resent == 0
@@ -116,6 +135,7 @@ def no_kv_bytes(tap: Tap, kv: RequestKV) -> bool:
     return 0 < len(tap.recorded) < 1000 < kv.shape().native_nbytes
 
 
+@over_each
 def test_a_wrong_token_is_refused_before_any_kv_byte(receiver: Receiver) -> None:
     kv, chosen = request()
     with Tap(receiver.address) as tap:
@@ -128,10 +148,11 @@ def test_a_wrong_token_is_refused_before_any_kv_byte(receiver: Receiver) -> None
     still_works(receiver)
 
 
-def test_a_receiver_that_does_not_hold_the_token_gets_nothing() -> None:
+@each_transport("host")
+def test_a_receiver_that_does_not_hold_the_token_gets_nothing(host: str) -> None:
     kv, chosen = request()
     with (
-        Receiver(b"another token of 32 bytes.......", silence_s=PATIENCE_S) as impostor,
+        Receiver(b"another token of 32 bytes.......", host=host, silence_s=PATIENCE_S) as impostor,
         in_thread(lambda: send_once(impostor.address, kv, chosen)) as sent,
     ):
         with pytest.raises(AuthenticationFailed):
@@ -190,10 +211,11 @@ def refused_then_sent(
     return raised
 
 
-def test_a_request_that_is_too_large_is_busy_and_a_smaller_one_goes_through() -> None:
+@each_transport("host")
+def test_a_request_that_is_too_large_is_busy_and_a_smaller_one_goes_through(host: str) -> None:
     native = request()[0].shape().native_nbytes
     large = cache(layers=3, heads=4, tokens=25)
-    with Receiver(TOKEN, max_request_nbytes=native) as receiver:
+    with Receiver(TOKEN, host=host, max_request_nbytes=native) as receiver:
         error = refused_then_sent(receiver, (large, plan_of(large, INT4)), Busy, "busy")
     assert isinstance(error, Busy)
     assert (error.ours, error.theirs) == (str(large.shape().native_nbytes), str(native))
@@ -259,6 +281,7 @@ def test_a_receiver_does_not_promise_what_is_not_built() -> None:
         Receiver(TOKEN, capability=Capability(block=16))
 
 
+@over_each
 def test_plans_for_other_caches_are_refused_before_they_are_offered(receiver: Receiver) -> None:
     kv, chosen = request()
 
@@ -311,6 +334,7 @@ def test_a_peer_with_nothing_to_offer_yet_is_kept(receiver: Receiver) -> None:
             assert same_cache(received.result().kv, decode(encode(kv, chosen)))
 
 
+@over_each
 def test_a_peer_that_leaves_between_requests_makes_room_for_the_next(receiver: Receiver) -> None:
     kv, chosen = request()
     exchanged(receiver, kv, chosen)

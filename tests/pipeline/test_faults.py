@@ -1,21 +1,25 @@
 """What a fault costs: damage, death, silence and slowness, on real connections."""
 
+import gc
 import math
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from peers import (
+    HOSTS,
     PATIENCE_S,
     SILENCE_S,
     TOKEN,
     Tap,
+    each_transport,
     in_thread,
     peer_process,
     request,
@@ -36,17 +40,23 @@ from kvprism.errors import (
     TicketRefused,
     WireError,
 )
-from kvprism.pipeline import Receiver, Sender
+from kvprism.pipeline import Receiver, Sender, Sent
 from kvprism.plans import Plan
 from kvprism.tensors import RequestKV
+from kvprism.transport import shm
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with Receiver(TOKEN, silence_s=PATIENCE_S) as listening:
+def receiver(request: pytest.FixtureRequest) -> Iterator[Receiver]:
+    host = getattr(request, "param", "127.0.0.1")
+    with Receiver(TOKEN, host=host, silence_s=PATIENCE_S) as listening:
         yield listening
 
 
+over_each = each_transport("receiver", indirect=True)
+
+
+@over_each
 def test_an_error_of_the_senders_own_is_told_at_once(receiver: Receiver) -> None:
     kv, chosen = request()
     kv.layers[2].components["v"][3, 20] = math.nan
@@ -61,6 +71,7 @@ def test_an_error_of_the_senders_own_is_told_at_once(receiver: Receiver) -> None
     still_works(receiver)
 
 
+@over_each
 @pytest.mark.parametrize("tokens", [16, 8192])
 def test_what_the_receiver_cannot_restore_is_not_acknowledged(
     receiver: Receiver, tokens: int
@@ -151,6 +162,40 @@ def test_a_link_that_damages_again_and_again_is_given_up(receiver: Receiver) -> 
     still_works(receiver)
 
 
+@pytest.mark.skipif(shm.HOST not in HOSTS, reason="shared memory is built on Linux's memfd")
+@pytest.mark.parametrize("times", [1, 99])
+def test_shared_memory_that_changes_under_way_is_damage(times: int) -> None:
+    kv, chosen = request()
+
+    def send_changing() -> Sent:
+        with Sender(receiver.address, TOKEN, silence_s=PATIENCE_S) as sender:
+            connection = sender._link.connection
+            send, areas = connection.send, []
+
+            def change(buffers: Sequence[Any]) -> None:
+                """The first area is wrong the first `times` times that it is sent."""
+                if len(buffers) == 2 and (not areas or buffers[1] is areas[0]):
+                    areas.append(buffers[1])
+                    buffers[1][9] ^= len(areas) in (1, times + 1)
+                send(buffers)
+
+            connection.send = change  # type: ignore[method-assign]
+            return sender.send(kv, chosen)
+
+    with (
+        Receiver(TOKEN, host=shm.HOST, silence_s=PATIENCE_S) as receiver,
+        in_thread(send_changing) as sent,
+    ):
+        if times == 1:
+            assert same_cache(receiver.receive(PATIENCE_S).kv, decode(encode(kv, chosen)))
+            assert sent.result().resent == 1
+            return
+        with pytest.raises(Damaged, match="came damaged 3 times"):
+            receiver.receive(PATIENCE_S)
+        with pytest.raises(Damaged, match="gave up"):
+            sent.result()
+
+
 def test_a_damaged_frame_ends_the_connection_with_a_typed_error(receiver: Receiver) -> None:
     kv, chosen = marked_request()
 
@@ -222,6 +267,19 @@ def test_a_link_that_trickles_does_not_outlive_the_lease_either() -> None:
             sent.result()
 
 
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """Neither a name in the folder of shared memory nor a descriptor of a peer's memory here."""
+    yield
+    gc.collect()  # errors and the frames that they went through hold one another
+    assert not list(Path("/dev/shm").glob("*kvprism*"))
+    held = []
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with suppress(OSError):  # that of the listing itself is gone
+            held.append(os.readlink(descriptor))
+    assert not [link for link in held if "kvprism" in link]
+
+
 def within_deadline(action: Callable[[], Any], silence_s: float = SILENCE_S) -> None:
     """Silence is noticed after `silence_s`, with a tenth and a second of grace."""
     started = time.monotonic()
@@ -230,8 +288,9 @@ def within_deadline(action: Callable[[], Any], silence_s: float = SILENCE_S) -> 
     assert 0.9 * silence_s < time.monotonic() - started < 1.1 * silence_s + 1
 
 
-def test_a_sender_that_is_killed_or_stopped_in_the_middle_is_noticed() -> None:
-    with Receiver(TOKEN, silence_s=SILENCE_S) as receiver:
+@each_transport("host")
+def test_a_sender_that_is_killed_or_stopped_in_the_middle_is_noticed(host: str) -> None:
+    with nothing_left(), Receiver(TOKEN, host=host, silence_s=SILENCE_S) as receiver:
         for stop, error in ((signal.SIGKILL, PeerLost), (signal.SIGSTOP, PeerSilent)):
             with (
                 in_thread(lambda: receiver.receive(PATIENCE_S)) as received,
@@ -246,12 +305,13 @@ def test_a_sender_that_is_killed_or_stopped_in_the_middle_is_noticed() -> None:
         still_works(receiver)
 
 
-def test_a_receiver_that_is_stopped_or_killed_in_the_middle_is_noticed() -> None:
+@each_transport("host")
+def test_a_receiver_that_is_stopped_or_killed_in_the_middle_is_noticed(host: str) -> None:
     kv, chosen = request()
     large = cache(layers=4, heads=8, tokens=4096, channels=64)
     raw = plan_of(large, NATIVE)
-    with peer_process("receive") as (process, port):
-        address = ("127.0.0.1", int(port))
+    with peer_process("receive", host) as (process, port):
+        address = (host, int(port))
         with Sender(address, TOKEN, silence_s=SILENCE_S) as sender:
             sender.send(kv, chosen)
             transfer = sender.open(raw.shape, raw.menu)
@@ -261,6 +321,7 @@ def test_a_receiver_that_is_stopped_or_killed_in_the_middle_is_noticed() -> None
             def send_the_rest() -> None:
                 for layer_kv, layer in zip(large.layers[1:], raw.layers[1:], strict=True):
                     transfer.send_layer(layer_kv, layer)
+                transfer.finish()
 
             within_deadline(send_the_rest)
         within_deadline(lambda: send_once(address, kv, chosen, silence_s=SILENCE_S))
@@ -272,6 +333,10 @@ def test_a_receiver_that_is_stopped_or_killed_in_the_middle_is_noticed() -> None
             with pytest.raises(PeerLost):
                 transfer.send_layer(kv.layers[1], chosen.layers[1])
                 transfer.finish()
+        process.wait()
+        with Receiver(TOKEN, host=host, port=int(port)) as next_one:
+            assert next_one.address == address, "its address is free again"
+    assert not list(Path("/dev/shm").glob("*kvprism*"))
 
 
 def test_a_peer_that_says_nothing_is_noticed_on_both_sides() -> None:
