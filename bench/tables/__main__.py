@@ -20,6 +20,7 @@ SECTIONS = {
         "ttft": speed.ttft,
         "break-even": speed.break_even,
         "modelled": speed.modelled,
+        "transport": speed.transport,
         "plan-machine": lambda: speed.measured_on("plan"),
         "plan": speed.planning,
     },

@@ -125,6 +125,27 @@ def planning() -> list[str]:
     return table(heads, lines())
 
 
+def transport() -> list[str]:
+    """Milliseconds of a raw request between two processes of one machine."""
+    if not (SPEED / "transport.json").exists():
+        return ["Not measured yet: `kvprism bench transport --json bench/speed/transport.json`."]
+    heads = ["transport", "bytes sent", "ms", "quartiles", "encode", "decode", "GB/s"]
+    heads += ["times as fast as TCP", "a plain copy, ms"]
+
+    def lines() -> Iterator[str]:
+        for row in result("transport")["rows"]:
+            cells = [f"`{row['transport']}`", f"{row['wire_bytes'] / 2**20:.1f} MiB"]
+            low, high = row["seconds_quartiles"]
+            cells += [f"{1e3 * row['seconds_p50']:.1f}", f"{1e3 * low:.1f} to {1e3 * high:.1f}"]
+            cells += [f"{1e3 * row[f'{each}_s_p50']:.1f}" for each in ("encode", "decode")]
+            low, high = row["times_tcp_quartiles"]
+            cells += [f"{row['gb_per_s']:.2f}", f"{row['times_tcp']:.2f} [{low:.2f}, {high:.2f}]"]
+            cells.append(f"{1e3 * row['memcpy_s_p50']:.1f}")
+            yield f"| {' | '.join(cells)} |"
+
+    return [*measured_on("transport"), "", *table(heads, lines())]
+
+
 def codec() -> list[str]:
     """What `kvprism bench codec` found, a line a case."""
     found = result("codec")

@@ -109,6 +109,10 @@ def run(
     tokens: First = None,
     chunk: Chunk = None,
     new_tokens: NewTokens = 32,
+    transport: Annotated[
+        str,
+        typer.Option("--transport", help="What carries the cache: tcp, or shm: shared memory."),
+    ] = "tcp",
     save: Annotated[
         Path | None, typer.Option("--save", help="Also save the stream here, mode 0600.")
     ] = None,
@@ -116,11 +120,12 @@ def run(
 ) -> None:
     """Prefill a file, send its cache to another process, go on there."""
     with console.one_line_errors(json, save):
-        from kvprism.integrations.worker import worker_pair
+        from kvprism.integrations.worker import ANYWHERE, place_of, worker_pair
 
+        places = ANYWHERE, place_of(transport)
         with (
             console.status("starting a prefill and a decode worker") as say,
-            worker_pair(model, cache_dtype, profile) as pair,
+            worker_pair(model, cache_dtype, profile, places) as pair,
         ):
             console.load("kvprism.commands.transfer")
             from kvprism.commands.transfer import run_file, show_transfer
@@ -149,7 +154,12 @@ def run(
 )
 def prefill(
     file: Prompt,
-    to: Annotated[str, typer.Option("--to", help="HOST:PORT that kvprism decode listens on.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="HOST:PORT, or shm:PORT, that kvprism decode says it listens on."
+        ),
+    ],
     token_file: TokenFile,
     model: Model = "tiny",
     policy: PolicyName = "spectrum",
@@ -196,7 +206,12 @@ def decode(
     file: Prompt,
     token_file: TokenFile,
     model: Model = "tiny",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host", help="Address to listen on; shm: shared memory, from this machine alone."
+        ),
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0: any free one.")
     ] = 0,

@@ -240,7 +240,10 @@ def test_prefill_notices_a_peer_that_says_nothing(run: Run, prompt: Path, token:
 
 
 BAD_PREFILL: list[tuple[dict[str, Any], str]] = [
-    ({"--to": "somewhere"}, "'somewhere' is not an address such as 127.0.0.1:7000"),
+    (
+        {"--to": "somewhere"},
+        "'somewhere' is not an address such as 127.0.0.1:7000, [::1]:7000 or shm:7000",
+    ),
     ({"--to": "8.8.8.8:7000"}, "is not a loopback address"),
     ({"--to": "127.0.0.1:99999"}, "port 99999 is not in [0, 65535]"),
     ({"--token-file": "missing"}, "token file missing cannot be read"),

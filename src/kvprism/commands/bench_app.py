@@ -42,6 +42,32 @@ def codec(
         console.write_json(json, with_provenance(rows))
 
 
+@app.command(epilog="Example: kvprism bench transport --mib 8,64 --json transport.json")
+def transport(
+    mib: Annotated[
+        str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
+    ] = "8,64",
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=2, help="Requests over each transport, in turn.")
+    ] = 15,
+    json: Json = None,
+) -> None:
+    """TCP on loopback beside shared memory, two processes.
+
+    Raw caches, compared with what was sent before they are timed; the gain is the median over the
+    turns. A plain copy of as many bytes stands beside it: the receiver makes one.
+    """
+    with console.one_line_errors(json):
+        console.load("kvprism.commands.bench_transport")
+        from kvprism.commands.bench import with_provenance
+        from kvprism.commands.bench_transport import bench_transport, show_transport
+
+        with console.progress("sizes") as advance:
+            rows = bench_transport(numbers(mib, "--mib"), repeats, advance)
+        show_transport(rows)
+        console.write_json(json, with_provenance(rows))
+
+
 @app.command(
     epilog="Example: kvprism bench ttft --context 4096 --link 0.05Gbps,1Gbps --json ttft.json"
 )

@@ -241,15 +241,15 @@ def parse_address(text: str) -> tuple[str, int]:
     """Host and port.
 
     Example:
-        >>> parse_address("127.0.0.1:7000"), parse_address("[::1]:7000")
-        (('127.0.0.1', 7000), ('::1', 7000))
+        >>> parse_address("127.0.0.1:7000"), parse_address("[::1]:7000"), parse_address("shm:7000")
+        (('127.0.0.1', 7000), ('::1', 7000), ('shm', 7000))
 
     Raises:
         BadInput: anything else.
     """
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([^:\[\]\s]+)):([0-9]{1,5})", text)
     if match is None:
-        raise BadInput(f"{text!r} is not an address such as 127.0.0.1:7000 or [::1]:7000")
+        raise BadInput(f"{text!r} is not an address such as 127.0.0.1:7000, [::1]:7000 or shm:7000")
     return match[1] or match[2], int(match[3])
 
 

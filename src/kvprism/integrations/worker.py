@@ -1,8 +1,9 @@
 """Worker processes and the parent that drives a pair of them; light, so that both start at once.
 
 Parent and worker speak JSON lines over the worker's stdin and stdout; the KV cache itself goes from
-worker to worker over TCP. A worker beats from its first moment, before torch is imported, so that a
-killed, stopped or stuck one is noticed whatever it was doing; and it ends with its parent.
+worker to worker over TCP or shared memory. A worker beats from its first moment, before torch is
+imported, so that a killed, stopped or stuck one is noticed whatever it was doing; and it ends with
+its parent.
 """
 
 import ctypes
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from kvprism import errors
-from kvprism.errors import KVPrismError, PeerLost, PeerSilent
+from kvprism.errors import KVPrismError, PeerLost, PeerSilent, UnknownName
+from kvprism.transport import shm
 from kvprism.transport.token import create_token, load_token
 
 BEAT_S = 0.5
@@ -135,7 +137,7 @@ class Place:
     """Where a worker process runs.
 
     prefix: a command that runs it, such as `ip netns exec NAME`; host: where a decode worker
-    listens; core: the one CPU core that it may use; threads: of torch.
+    listens, or `shm`; core: the one CPU core that it may use; threads: of torch.
     """
 
     prefix: tuple[str, ...] = ()
@@ -150,6 +152,18 @@ class Place:
 
 
 ANYWHERE = Place()
+TRANSPORTS = {"tcp": LOOPBACK, "shm": shm.HOST}
+
+
+def place_of(transport: str) -> Place:
+    """Where a decode worker listens for a cache that comes over this transport.
+
+    Raises:
+        UnknownName: no such transport.
+    """
+    if transport not in TRANSPORTS:
+        raise UnknownName("transport", transport, list(TRANSPORTS))
+    return Place(host=TRANSPORTS[transport])
 
 
 class Worker:

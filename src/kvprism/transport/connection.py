@@ -96,7 +96,7 @@ class Connection:
         self.bytes_sent += sum(map(len, views))
 
     def _put(self, views: Sequence[Buffer]) -> None:
-        pending = deque(map(memoryview, views))
+        pending = deque(memoryview(view) for view in views)
         while pending:
             with self._failures("take"):
                 sent = self._socket.sendmsg(list(islice(pending, _MAX_BUFFERS)))
