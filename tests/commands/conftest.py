@@ -16,7 +16,7 @@ from kvprism.commands import doctor
 from kvprism.evaluate.haystack import sentences
 from kvprism.integrations import worker
 from kvprism.integrations.hf import fingerprint, load, shape_of
-from kvprism.integrations.worker import Pair, worker_pair
+from kvprism.integrations.worker import ANYWHERE, Pair, Place, worker_pair
 from kvprism.profiles import ProbeRecord, Profile
 
 Run = Callable[..., Result]
@@ -36,8 +36,13 @@ def lend() -> Iterator[Lend]:
     started: dict[tuple[Any, ...], Pair] = {}
     with ExitStack() as stack:
 
-        def lent(model: str, dtype: str = "bfloat16", profile: Path | None = None) -> Any:
-            asked = (model, dtype, profile)
+        def lent(
+            model: str,
+            dtype: str = "bfloat16",
+            profile: Path | None = None,
+            places: tuple[Place, Place] = (ANYWHERE, ANYWHERE),
+        ) -> Any:
+            asked = (model, dtype, profile, places)
             if asked not in started:
                 started[asked] = stack.enter_context(worker_pair(*asked))
             return nullcontext(started[asked])

@@ -48,14 +48,14 @@ def decoding(prompt: Path, token: Path, *arguments: object) -> Iterator[subproce
 
 @contextmanager
 def decoding_here(
-    prompt: Path, token: Path, profile: Path | None = None
+    prompt: Path, token: Path, profile: Path | None = None, host: str = "127.0.0.1"
 ) -> Iterator[tuple[str, Future[dict[str, Any]]]]:
     """What `kvprism decode` calls, on a thread: its address, and its result to come."""
     said: SimpleQueue[str] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setattr(console, "say", said.put)
         result = pool.submit(
-            decode_here, "tiny", prompt, token, host="127.0.0.1", port=0, tokens=None,
+            decode_here, "tiny", prompt, token, host=host, port=0, tokens=None,
             new_tokens=2, timeout_s=20.0, allow_remote=False, profile=profile, say=lambda _: None,
         )  # fmt: skip
         yield said.get(timeout=20).removeprefix("listening on "), result
@@ -120,7 +120,18 @@ def test_run_conditions_keys_by_the_profile(
     saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
     arguments = ["--profile", profiles[0], "--policy", policy, "--budget", "35%"]
     result = run(
-        "run", "--file", prompt, *arguments, "--new-tokens", 2, "--save", saved, "--json", json
+        "run",
+        "--file",
+        prompt,
+        *arguments,
+        "--new-tokens",
+        2,
+        "--save",
+        saved,
+        "--json",
+        json,
+        "--transport",
+        "shm",
     )
     assert result.exit_code == 0, result.output
     assert read_json(json)["wire_bytes"] == saved.stat().st_size
@@ -156,12 +167,14 @@ def test_peers_with_different_profiles_never_send(
             decoded.result()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "shm"])
 def test_peers_with_the_same_profile_send(
-    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...]
+    run: Run, prompt: Path, token: Path, profiles: tuple[Path, ...], host: str
 ) -> None:
     send = ["prefill", "--file", prompt, "--token-file", token, "--budget", "40%"]
     given = ["--profile", profiles[0], "--policy", "spectrum-conditioned"]
-    with decoding_here(prompt, token, profiles[0]) as (to, decoded):
+    with decoding_here(prompt, token, profiles[0], host) as (to, decoded):
+        assert to.startswith(f"{host}:")
         sent = run(*send, *given, "--to", to)
         assert sent.exit_code == 0, sent.output
         assert 0.35 < decoded.result()["fraction"] <= 0.4
@@ -219,6 +232,12 @@ def test_a_port_that_is_taken_is_found_first(run: Run, prompt: Path, token: Path
         result = run("decode", *arguments, "--model", "never-loaded")
     assert result.exit_code == 3
     assert f"AddressInUse: port {port} on 127.0.0.1 is taken" in failure(result)
+
+
+def test_a_transport_that_is_none_is_named(run: Run, prompt: Path) -> None:
+    result = run("run", "--file", prompt, "--policy", "raw", "--transport", "pigeon")
+    assert result.exit_code == 2
+    assert "unknown transport 'pigeon'; known: tcp, shm" in failure(result)
 
 
 def test_prefill_notices_that_nobody_listens(run: Run, prompt: Path, token: Path) -> None:
@@ -314,7 +333,9 @@ def test_a_token_file_is_made_once_and_is_private(run: Run, token: Path) -> None
     assert "exists already" in failure(result)
 
 
-@pytest.mark.parametrize("address", [("127.0.0.1", 7000), ("::1", 1), ("node-3.local", 65535)])
+@pytest.mark.parametrize(
+    "address", [("127.0.0.1", 7000), ("::1", 1), ("node-3.local", 65535), ("shm", 7)]
+)
 def test_addresses_are_read_as_they_are_written(address: tuple[str, int]) -> None:
     assert parse_address(format_address(*address)) == address
 

@@ -77,6 +77,14 @@ def test_the_first_chunk_arrives_before_the_second_is_computed(tmp_path: Path) -
         wait(lambda: both.got.take().get("parts_received") == 1)
 
 
+def test_servers_of_one_machine_may_share_memory(tmp_path: Path) -> None:
+    with ends(tmp_path, theirs={"listen": "shm:0"}, send="layer") as both:
+        assert both.consumer.addresses[0][0] == "shm"
+        both.expect()
+        both.save()
+        assert both.finished() == set() and both.same()
+
+
 def test_block_sizes_may_differ(tmp_path: Path) -> None:
     with ends(tmp_path, slots=2 * SLOTS) as both:
         both.expect()
