@@ -85,6 +85,7 @@ def test_doctor_finds_nothing_broken(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0
     states = {finding["name"]: finding["state"] for finding in read_json(tmp_path / "doctor.json")}
     assert states["loopback transfer"] == states["built-in models"] == "ok"
+    assert states["shared memory transfer"] == ("ok" if hasattr(os, "memfd_create") else "missing")
 
 
 def test_plan_shows_bytes_smallest_budget_and_links(run: Run, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _digest(kv: RequestKV) -> str:
     digest = xxhash.xxh3_64()
     for layer in kv.layers:
         for name in sorted(layer.components):
-            digest.update(layer.components[name].contiguous().view(torch.uint8).numpy())
+            digest.update(layer.components[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

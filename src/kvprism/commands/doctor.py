@@ -16,12 +16,13 @@ import torch
 from kvprism.codec import backend, reference
 from kvprism.commands import console
 from kvprism.core import MENU
-from kvprism.errors import KVPrismError
+from kvprism.errors import KVPrismError, Unsupported
 from kvprism.integrations import tiny
 from kvprism.layout import plane_nbytes
 from kvprism.pipeline import Receiver, Sender
 from kvprism.planning import plan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
+from kvprism.transport import shm
 from kvprism.transport.token import create_token, load_token
 
 Finding = dict[str, str]
@@ -36,7 +37,8 @@ def examine() -> list[Finding]:
         ("transformers", _transformers),
         ("built-in models", _models),
         ("token file", _token_file),
-        ("loopback transfer", _loopback),
+        ("loopback transfer", _transfer),
+        ("shared memory transfer", _shared_memory),
         ("codec speed", _codec_speed),
         ("report", lambda: _optional("report", "matplotlib", "jinja2")),
     ]
@@ -86,12 +88,19 @@ def _token_file() -> tuple[str, str]:
     return ("ok", "created with mode 0600") if same else ("broken", "read back differently")
 
 
-def _loopback() -> tuple[str, str]:
+def _shared_memory() -> tuple[str, str]:
+    try:
+        return _transfer(shm.HOST)
+    except Unsupported as error:
+        return "missing", str(error)
+
+
+def _transfer(host: str = "127.0.0.1") -> tuple[str, str]:
     """A small cache from one end to the other; the receiver answers from a thread."""
     token, positions = bytes(32), torch.arange(64)
     layer = LayerKV(0, {name: torch.randn(2, 64, 64) for name in "kv"}, positions)
     chosen = plan([LayerView(layer)], "raw")
-    with Receiver(token) as receiver, ThreadPoolExecutor(1) as pool:
+    with Receiver(token, host=host) as receiver, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(receiver.receive, 5.0)
         with Sender(receiver.address, token) as sender:
             sent = sender.send(RequestKV((layer,), 64), chosen)
