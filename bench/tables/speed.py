@@ -151,16 +151,22 @@ def codec() -> list[str]:
     found = result("codec")
 
     def same(row: Row, **other: object) -> float | None:
-        names = ("raw_bytes", "direction", "bits", "dtype", "backend", "threads")
-        wanted = {name: row[name] for name in names} | other
+        names = ("code", "raw_bytes", "direction", "bits", "dtype", "backend", "threads")
+        wanted = {name: row[name] for name in names if name in row} | other
         matching = [r for r in found["rows"] if wanted.items() <= r.items()]
         return matching[0]["seconds_p50"] if matching else None
 
     def gate(row: Row) -> str:
-        if (row["backend"], row["threads"]) != ("cpu", 1) or row["raw_bytes"] < GATED_NBYTES:
+        # Rows of before there were several codes name none.
+        case = row.get("code", "nested"), row["backend"], row["threads"]
+        if case != ("nested", "cpu", 1) or row["raw_bytes"] < GATED_NBYTES:
             return ""
         least = CODEC_GATES[row["direction"], row["bits"]]
         return f"≥ {least}, {'held' if row['ratio_to_memcpy'] >= least else 'not held'}"
+
+    def name(row: Row) -> str:
+        code = row.get("code", "nested")
+        return f"INT{row['bits']}" if code == "nested" else f"`{code}` {row['bits']} bits"
 
     def times(slower: float | None, row: Row) -> str:
         return "" if slower is None else f"{slower / row['seconds_p50']:.1f}"
@@ -168,7 +174,7 @@ def codec() -> list[str]:
     heads = ["MiB", "", "codec", "threads", "GB/s", "memcpy GB/s", "of memcpy [quartiles]", "gate"]
     heads += ["of roofline", "× torch", "× 1 thread"]
     lines = (
-        f"| {row['raw_bytes'] // 2**20} | {row['direction']} INT{row['bits']} | {row['backend']} "
+        f"| {row['raw_bytes'] // 2**20} | {row['direction']} {name(row)} | {row['backend']} "
         f"| {row['threads']} | {row['gb_per_s']:.2f} | {row['memcpy_gb_per_s']:.2f} "
         f"| {row['ratio_to_memcpy']:.2f} [{', '.join(f'{q:.2f}' for q in row['ratio_quartiles'])}] "
         f"| {gate(row)} | {row['roofline_share']:.2f} "

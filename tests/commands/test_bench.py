@@ -17,7 +17,17 @@ needs_kernels = pytest.mark.skipif(
     not cpu.LIBRARY.exists(), reason="the C kernels were not compiled (scripts/build-codec)"
 )
 FIELDS = {
-    *("direction", "bits", "dtype", "backend", "threads", "channels", "raw_bytes", "plane_bytes"),
+    *(
+        "code",
+        "direction",
+        "bits",
+        "dtype",
+        "backend",
+        "threads",
+        "channels",
+        "raw_bytes",
+        "plane_bytes",
+    ),
     *("seconds_p50", "gb_per_s", "memcpy_gb_per_s", "ratio_to_memcpy", "roofline_share", "repeats"),
     "ratio_quartiles",
 }
@@ -35,7 +45,7 @@ def test_a_row_for_every_codec_direction_width_and_thread_count(run: Run, tmp_pa
     rows: list[dict[str, Any]] = written["rows"]
     cases = [(r["direction"], r["bits"], r["backend"], r["threads"]) for r in rows]
     assert len(set(cases)) == len(cases) == 16
-    assert all(f"{d} INT{b}, {codec}" in result.stdout for d, b, codec, _ in cases)
+    assert all(f"{d} nested INT{b}, {codec}" in result.stdout for d, b, codec, _ in cases)
     for row in rows:
         assert set(row) == FIELDS
         assert row["raw_bytes"] == 2**20
@@ -57,12 +67,33 @@ def test_a_row_for_every_codec_direction_width_and_thread_count(run: Run, tmp_pa
         (["--channels", "7"], "an even number of channels, got 7"),
         (["--channels", "1000000"], "hold no token of 8 x 1000000"),
         (["--cache-dtype", "int8"], "unknown dtype 'int8'"),
+        (["--codec", "conditioned"], "unknown codec 'conditioned'; known: nested"),
+        (["--codec", "grouped", "--channels", "48"], "48"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(run: Run, arguments: list[str], message: str) -> None:
     result = run("bench", "codec", "--mib", "1", *arguments)
     assert result.exit_code == 2
     assert message in failure(result)
+
+
+def test_the_codes_of_others_are_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "REFERENCE_REPEATS", 1)
+    codes = ["affine", "kivi", "fp8"]
+    rows = bench.run_bench([1], [1], "bfloat16", 128, 1, codes=codes)
+    kernels = ["reference", *["cpu"] * cpu.LIBRARY.exists()]
+    assert [(r["code"], r["direction"], r["bits"], r["backend"]) for r in rows] == [
+        (code, direction, bits, codec)
+        for code, widths, codecs in (
+            ("affine", (4, 8), kernels), ("kivi", (4,), kernels), ("fp8", (8,), ["reference"])
+        )
+        for direction in ("encode", "decode")
+        for bits in widths
+        for codec in codecs
+    ]  # fmt: skip
+    # A row of 128 channels: a scale and an offset, and 64 or 128 bytes.
+    sizes = {(r["bits"], r["plane_bytes"]) for r in rows if r["code"] == "affine"}
+    assert sizes == {(4, 2**12 * (4 + 64)), (8, 2**12 * (4 + 128))}
 
 
 @needs_kernels

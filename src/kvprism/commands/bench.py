@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,16 +18,18 @@ import torch
 
 from kvprism.codec import backend, cpu, reference
 from kvprism.commands import console
-from kvprism.core import MENU
+from kvprism.core import MENUS, NATIVE, ONE_WIDTH_MENUS, Tier
 from kvprism.errors import BadInput, CodecError, UnknownName
 from kvprism.evaluate.rows import provenance
-from kvprism.layout import Plane, TierArray, plane_nbytes
+from kvprism.layout import Plane, TierArray, check_menu, plane_nbytes
 from kvprism.tensors import DTYPES
 
 HEADS = 8
 # Eager torch takes a second where a kernel takes a fiftieth: its median needs no more.
 REFERENCE_REPEATS = 5
 ENCODE, DECODE = "encode", "decode"
+# Without the conditioned code, whose work depends on a profile.
+CODES = {name: m for name, m in (MENUS | ONE_WIDTH_MENUS).items() if name != "conditioned"}
 
 Say = Callable[[int, int], None]
 Row = dict[str, Any]
@@ -44,11 +46,16 @@ class Case:
     threads: int
     nbytes: int
     channels: int
+    code: str = "nested"
+
+    @property
+    def menu(self) -> tuple[Tier, ...]:
+        return CODES[self.code]
 
     @property
     def tier(self) -> int:
         """Its index in the menu."""
-        return next(i for i, tier in enumerate(MENU) if tier.bits == self.bits)
+        return next(i for i, tier in enumerate(self.menu) if tier.bits == self.bits)
 
 
 class Timed(NamedTuple):
@@ -65,18 +72,19 @@ def run_bench(
     channels: int,
     repeats: int,
     advance: Say = lambda done, total: None,
+    codes: Sequence[str] = ("nested",),
 ) -> list[Row]:
-    """Time every case; a row for each codec, direction, width, thread count and size.
+    """Time every case; a row for each code, backend, direction, width, thread count and size.
 
-    mib: sizes of the cache in MiB; advance: called with (cases done, all cases).
+    mib: sizes of the cache in MiB; advance: called with (cases done, all cases); codes: of `CODES`.
 
     Raises:
-        BadInput: sizes or threads that are not positive, or an odd number of channels.
-        UnknownName: no such dtype.
+        BadInput: sizes or threads that are not positive, or channels that a code cannot cut.
+        UnknownName: no such dtype or code.
         CodecError: the kernels are broken, or their bytes are not the reference's.
     """
-    _check(mib, threads, dtype, channels)
-    cases = list(_cases(mib, threads, dtype, channels))
+    _check(mib, threads, dtype, channels, codes)
+    cases = [case for code in codes for case in _cases(mib, threads, dtype, channels, code)]
     before = torch.get_num_threads()
     rows = []
     try:
@@ -89,24 +97,35 @@ def run_bench(
     return rows
 
 
-def _check(mib: list[int], threads: list[int], dtype: str, channels: int) -> None:
+def _check(
+    mib: list[int], threads: list[int], dtype: str, channels: int, codes: Sequence[str]
+) -> None:
     if min(*mib, *threads, 1) < 1:
         raise BadInput(f"sizes and threads must be at least 1, got {mib} and {threads}")
     if channels < 2 or channels % 2:
         raise BadInput(f"a row has an even number of channels, got {channels}")
     if dtype not in DTYPES:
         raise UnknownName("dtype", dtype, list(DTYPES))
+    for code in codes:
+        if code not in CODES:
+            raise UnknownName("codec", code, list(CODES))
+        check_menu(CODES[code], channels, DTYPES[dtype].itemsize)
 
 
-def _cases(mib: list[int], threads: list[int], dtype: str, channels: int) -> Iterator[Case]:
-    backends = [backend.REFERENCE] if cpu.library() is None else [backend.REFERENCE, backend.CPU]
+def _cases(
+    mib: list[int], threads: list[int], dtype: str, channels: int, code: str
+) -> Iterator[Case]:
+    empty = torch.empty(1, 1, channels, dtype=DTYPES[dtype])
+    suits = cpu.library() is not None and cpu.suits(empty, CODES[code])
+    backends = [backend.REFERENCE, *[backend.CPU] * suits]
+    widths = sorted(tier.bits for tier in CODES[code] if 0 < tier.bits < NATIVE.bits)
     for size in mib:
         for n in threads:
             for direction in (ENCODE, DECODE):
-                for bits in (4, 8):
+                for bits in widths:
                     for codec in backends:
                         nbytes = size * 2**20
-                        yield Case(direction, bits, dtype, codec, n, nbytes, channels)
+                        yield Case(direction, bits, dtype, codec, n, nbytes, channels, code)
 
 
 class _Bench:
@@ -123,7 +142,7 @@ class _Bench:
         self.out, self.copied = torch.zeros_like(self.x), torch.zeros_like(self.x)
         self.tiers: TierArray = np.full((HEADS, tokens), case.tier, np.uint8)
         self.planes = self.new_planes()
-        reference.encode_into(self.x, self.tiers, MENU, self.planes)
+        reference.encode_into(self.x, self.tiers, case.menu, self.planes)
 
     @property
     def nbytes(self) -> int:
@@ -134,22 +153,23 @@ class _Bench:
         return sum(len(data) for data in self.planes.values())
 
     def new_planes(self) -> dict[Plane, memoryview]:
-        sizes = plane_nbytes(self.tiers, MENU, self.case.channels, self.x.element_size())
+        sizes = plane_nbytes(self.tiers, self.case.menu, self.case.channels, self.x.element_size())
         return {plane: memoryview(bytearray(size)) for plane, size in sizes.items()}
 
     def work(self) -> None:
         """Encode or decode once."""
+        menu = self.case.menu
         own = {"threads": self.case.threads} if self.case.backend == backend.CPU else {}
         codec: Any = cpu if self.case.backend == backend.CPU else reference
         if self.case.direction == ENCODE:
-            codec.encode_into(self.x, self.tiers, MENU, self.planes, **own)
+            codec.encode_into(self.x, self.tiers, menu, self.planes, **own)
         else:
-            codec.decode_into(self.planes, self.tiers, MENU, self.out, **own)
+            codec.decode_into(self.planes, self.tiers, menu, self.out, **own)
 
     def check(self) -> None:
         """Raises `CodecError` unless `work` makes what the reference makes."""
         expected, restored = self.planes, torch.zeros_like(self.out)
-        reference.decode_into(expected, self.tiers, MENU, restored)
+        reference.decode_into(expected, self.tiers, self.case.menu, restored)
         self.planes = self.new_planes() if self.case.direction == ENCODE else expected
         self.work()
         if self.case.direction == ENCODE:
@@ -196,6 +216,7 @@ def _row(case: Case, bench: _Bench, timed: Timed) -> Row:
     low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     nbytes = bench.nbytes
     return {
+        "code": case.code,
         "direction": case.direction,
         "bits": case.bits,
         "dtype": case.dtype,
@@ -249,14 +270,14 @@ def show_bench(rows: list[Row]) -> None:
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
-    case = ("direction", "bits", "threads")
+    case = ("code", "direction", "bits", "threads")
     slow = next(
         each
         for each in rows
         if each["backend"] == backend.REFERENCE and all(each[key] == row[key] for key in case)
     )
     return [
-        f"{row['direction']} INT{row['bits']}, {row['backend']}",
+        f"{row['direction']} {row['code']} INT{row['bits']}, {row['backend']}",
         str(row["threads"]),
         f"{row['gb_per_s']:.2f}",
         f"{row['memcpy_gb_per_s']:.2f}",

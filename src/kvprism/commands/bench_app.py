@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from kvprism.commands import console
-from kvprism.commands.options import GROUP, Budgets, CacheDtype, Json, Model, Policies, numbers
+from kvprism.commands.options import (
+    GROUP,
+    Budgets,
+    CacheDtype,
+    Json,
+    Model,
+    Policies,
+    names,
+    numbers,
+)
 
 app = typer.Typer(help="Measure speed.", **GROUP)
 
@@ -21,6 +30,14 @@ def codec(
     ] = "1,2",
     dtype: CacheDtype = "bfloat16",
     channels: Annotated[int, typer.Option("--channels", min=2, help="Channels of a head.")] = 128,
+    code: Annotated[
+        str,
+        typer.Option(
+            "--codec",
+            help="Codes, with commas between them: nested, published, affine, hadamard, grouped, "
+            "kivi (of keys), fp8.",
+        ),
+    ] = "nested",
     repeats: Annotated[
         int, typer.Option("--repeats", min=15, help="Times that codec and copy take turns.")
     ] = 15,
@@ -37,7 +54,7 @@ def codec(
 
         sizes, counts = numbers(mib, "--mib"), numbers(threads, "--threads")
         with console.progress("cases") as advance:
-            rows = run_bench(sizes, counts, dtype, channels, repeats, advance)
+            rows = run_bench(sizes, counts, dtype, channels, repeats, advance, names(code))
         show_bench(rows)
         console.write_json(json, with_provenance(rows))
 
