@@ -123,9 +123,7 @@ class PrefillWorker(_Role):
         )
         return {
             "plan_ms": _ms_since(started),
-            "fraction": self._plan.fraction,
-            "fraction_native": self._plan.fraction_native,
-            **_tokens_by_tier(self._plan),
+            **_said_of(self._plan),
         }
 
     def save(self, path: str) -> None:
@@ -194,9 +192,7 @@ class PrefillWorker(_Role):
             "wire_bytes": done.plan.nbytes,
             "reference_bytes": shape.reference_nbytes,
             "native_bytes": shape.native_nbytes,
-            "fraction": done.plan.fraction,
-            "fraction_native": done.plan.fraction_native,
-            **_tokens_by_tier(done.plan),
+            **_said_of(done.plan),
         }
 
     def pace(self, bytes_per_s: int | None) -> None:
@@ -469,13 +465,19 @@ def _required(value: T | None, what: str) -> T:
     return value
 
 
-def _tokens_by_tier(planned: Plan) -> dict[str, Any]:
+def _said_of(planned: Plan) -> dict[str, Any]:
+    """Its part of the cache, and its tokens by tier; see `DEFINITIONS`."""
     first = max(planned.layers, key=lambda layer: layer.shape.n_tokens)
     tiers = first.tier_of[first.shape.components[0].name][0]
     letters = "".join(TIER_LETTERS[tier] for tier in tiers)
     named = zip(TIER_LETTERS, planned.menu, strict=False)  # no token ends in an upgrade
     counts = {tier.name: letters.count(letter) for letter, tier in named}
-    return {"tiers": counts, "tier_of_token": letters}
+    return {
+        "fraction": planned.fraction,
+        "fraction_native": planned.fraction_native,
+        "tiers": counts,
+        "tier_of_token": letters,
+    }
 
 
 def _write_private(path: Path, contents: bytes) -> None:
