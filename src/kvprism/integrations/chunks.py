@@ -15,7 +15,7 @@ from kvprism.integrations.families import first_visible, windows_of
 from kvprism.integrations.hf import Attention, Complete, cast_layer, made_ready
 from kvprism.integrations.restored import empty_cache
 from kvprism.layout import ranges
-from kvprism.pipeline import ChunkSender, Sender
+from kvprism.pipeline import ChunkSender, Sender, Sent
 from kvprism.score.attention import WINDOW
 from kvprism.staged import StagedPlan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
@@ -59,13 +59,21 @@ def capture_chunks(
 
 @dataclass(frozen=True)
 class SentInChunks:
-    """What one request took, and what it left; timings in ms, as `DEFINITIONS` has them."""
+    """What one request took, and what it left.
+
+    piece_nbytes: of every part, in order, then of all upgrades; timings: in ms, as `DEFINITIONS`
+    has them; plan_s: of all parts' plans and the last, plan_cpu_s of processor time.
+    """
 
     kv: RequestKV
     views: tuple[LayerView, ...]
     plan: StagedPlan
+    sent: Sent
     base_nbytes: int
+    piece_nbytes: tuple[int, ...]
     timings: dict[str, float]
+    plan_s: float
+    plan_cpu_s: float
 
 
 def send_chunks(
@@ -89,7 +97,9 @@ def send_chunks(
         times.append(time.perf_counter())
         parts.wait()
         times.append(time.perf_counter())
+        computed = time.thread_time()
         planned = planner.plan(views)
+        plan_cpu_s = parts.plan_cpu_s + time.thread_time() - computed
         times.append(time.perf_counter())
         base_nbytes, encoded_s = transfer.nbytes, transfer.encode_s
         sent = parts.finish(kv, planned)
@@ -102,7 +112,17 @@ def send_chunks(
         "transfer_ms": waited_s + finish_s - encode_s,
     }
     timings = {name: 1000 * seconds for name, seconds in timings.items()}
-    return SentInChunks(kv, views, planned, base_nbytes, timings)
+    return SentInChunks(
+        kv,
+        views,
+        planned,
+        sent,
+        base_nbytes,
+        (*parts.part_nbytes, planned.nbytes - base_nbytes),
+        timings,
+        parts.plan_s + plan_s,
+        plan_cpu_s,
+    )
 
 
 class _PartRecorder:

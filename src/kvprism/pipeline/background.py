@@ -124,6 +124,7 @@ class ChunkSender(_Background[LayerKV]):
 
     def __init__(self, transfer: Transfer, base: Callable[[LayerKV], LayerPlan]) -> None:
         self._base = base
+        self.part_nbytes: list[int] = []  # what was sent of each part, in order
         super().__init__(transfer)
 
     def wait(self) -> None:
@@ -139,4 +140,6 @@ class ChunkSender(_Background[LayerKV]):
         return sent
 
     def _take(self, kv: LayerKV) -> None:
+        before = self._transfer.nbytes
         self._transfer.send_part(kv, self._planned(lambda: self._base(kv)))
+        self.part_nbytes.append(self._transfer.nbytes - before)
