@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from kvprism.commands.probe import run_probe
 from kvprism.evaluate.haystack import sentences
+from kvprism.integrations.decode_role import DecodeWorker
 from kvprism.integrations.hf import load
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+from kvprism.integrations.prefill_role import PrefillWorker
 from kvprism.profiles import Profile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -13,6 +13,7 @@ ROW = {
     "context": 64,
     "policy": "raw",
     "budget": None,
+    "chunk": None,
     "link_bits_per_s": 10**8,
     "prefill_s": 1.0,
     "exposed_s": -0.2,
@@ -36,6 +37,15 @@ def test_a_panel_for_every_link(tmp_path: Path) -> None:
         widths.append(picture.shape[1])
         assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::97]}) > 3
     assert widths[1] > 1.5 * widths[0]
+
+
+def test_a_row_of_panels_for_every_context(tmp_path: Path) -> None:
+    of_two = rows(10**8) + [row | {"context": 128} for row in rows(10**8, 10**9)]
+    sizes = []
+    for drawn in (rows(10**8, 10**9), of_two):
+        write_ttft_plot(drawn, tmp_path / "plot.png")
+        sizes.append(imread(tmp_path / "plot.png").shape)
+    assert sizes[1][0] > 1.5 * sizes[0][0] and sizes[1][1] == sizes[0][1]
 
 
 def test_what_cannot_be_drawn_or_written_is_refused(tmp_path: Path) -> None:

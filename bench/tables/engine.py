@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -73,12 +73,12 @@ def ttft() -> list[str]:
         low, middle, high, late = (1e3 * x for x in np.quantile(row["seconds"], QUANTILES))
         cells = [NAMES.get(row["name"], f"kvprism, {found['policy']} {row['name']}")]
         cells += [f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{late:.1f}"]
-        times = (row["alone_seconds"], row["prefill_seconds"], after(row))
+        times = (row[ALONE], row[PREFILL], over(row, PREFILL))
         cells += [f"{1e3 * median(each):.1f}" for each in times]
         cells += [f"{own:,.0f}", f"{own / found['reference_bytes']:.4f}"]
         cells += [f"{own / wire(rows['raw']):.4f}" if "raw" in rows else "", str(row_n(row))]
         cells += [
-            difference(row, rows.get(other), part) for part in (over, after) for other in OTHERS
+            difference(row, rows.get(other), part) for part in (ALONE, PREFILL) for other in OTHERS
         ]
         cells.append(break_even(row, rows.get("nixl")))
         return f"| {' | '.join(cells)} |"
@@ -103,23 +103,21 @@ def wire(row: Row) -> float:
     return float(row["wire_bytes"] / row_n(row))
 
 
-def over(row: Row) -> list[float]:
-    """Seconds of each sample over those of decode alone, just before it: without the drift."""
-    pairs = zip(row["seconds"], row["alone_seconds"], strict=True)
-    return [total - alone for total, alone in pairs]
+# What of a sample's seconds is taken from it: decode alone, just before it, and so the drift; or
+# the prefill, so that what is left is from its answer to decode's first token.
+ALONE, PREFILL = "alone_seconds", "prefill_seconds"
 
 
-def after(row: Row) -> list[float]:
-    """Seconds from prefill's answer to decode's first token, of each sample."""
-    pairs = zip(row["seconds"], row["prefill_seconds"], strict=True)
-    return [total - prefill for total, prefill in pairs]
+def over(row: Row, part: str) -> list[float]:
+    """Seconds of each sample over that part of them."""
+    return [total - less for total, less in zip(row["seconds"], row[part], strict=True)]
 
 
-def difference(row: Row, other: Row | None, part: Callable[[Row], list[float]]) -> str:
+def difference(row: Row, other: Row | None, part: str) -> str:
     if other is None or other is row:
         return ""
-    low, high = interval(part(row), part(other))
-    middle = median(part(row)) - median(part(other))
+    low, high = interval(over(row, part), over(other, part))
+    middle = median(over(row, part)) - median(over(other, part))
     return f"{1e3 * middle:+.1f} [{1e3 * low:+.1f}, {1e3 * high:+.1f}]"
 
 
@@ -139,7 +137,8 @@ def break_even(row: Row, other: Row | None) -> str:
     prefill: what comes before it is the same model on the same prompts."""
     if other is None or other is row:
         return ""
-    saved, more_s = wire(other) - wire(row), median(after(row)) - median(after(other))
+    saved = wire(other) - wire(row)
+    more_s = median(over(row, PREFILL)) - median(over(other, PREFILL))
     if more_s <= 0:
         return "no link" if saved >= 0 else "slower links only"
     return speed(8 * saved / more_s) if saved > 0 else "every link"

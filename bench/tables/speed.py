@@ -23,12 +23,14 @@ def speed(bits_per_s: float) -> str:
     return f"{bits_per_s / 1e9:.3g} Gbps"
 
 
-def arm_of(row: Row) -> tuple[int, str, str]:
-    return row["context"], row["policy"], str(row["budget"])
+def arm_of(row: Row) -> tuple[int, str, str, str]:
+    return row["context"], row["policy"], str(row["budget"]), str(row.get("chunk"))
 
 
 def arm_cells(row: Row) -> list[str]:
-    name = f"`{row['policy']}`" + (", overlap" if row["overlap"] else "")
+    chunk = row.get("chunk")
+    how = "" if chunk is None else f", chunks of {chunk}"
+    name = f"`{row['policy']}`" + how + (", overlap" if row["overlap"] else "")
     return [name, "fixed" if row["budget"] is None else row["budget"]]
 
 

@@ -52,6 +52,22 @@ def probes() -> list[str]:
     return table(heads, map(line, measured(".probe.json")))
 
 
+def plain() -> list[str]:
+    """What INT4 without a remedy does to the text of models on which it loses the needle."""
+    heads = ["model", "policy", "budget", "of 16-bit", "KL to raw ×10⁻³", "perplexity change, %"]
+    suffix = "-greedy-perplexity"
+
+    def line(model: str, arm: Arm) -> str:
+        kl = value(arm["kl_mean"], 1e3, "{:.0f}")
+        perplexity = change(arm["perplexity"], "{:+.1f}")
+        return f"| `{model}` {label(arm['kl_mean'])} {kl} | {perplexity} |"
+
+    found = [
+        (model, arms(rows(model + suffix, folder=ZOO))) for model in measured(f"{suffix}.json")
+    ]
+    return table(heads, [line(model, arm) for model, its in found for arm in its])
+
+
 def models() -> list[str]:
     """Every arm of every model that was measured to its end."""
     return [text for model in measured("-drop-perplexity.json") for text in every_arm(model)]

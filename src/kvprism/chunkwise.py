@@ -21,7 +21,7 @@ from kvprism.planning import (
     pinned_rows,
     problems_of,
 )
-from kvprism.plans import LayerCounts, LayerPlan, end_of, layer_nbytes, offer_of
+from kvprism.plans import LayerCounts, LayerPlan, end_of, offer_of, sent_after
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
 from kvprism.solve import (
@@ -116,10 +116,10 @@ class ChunkPlanner:
         return part
 
     def _take(self, part: LayerPlan) -> None:
-        nbytes, n = layer_nbytes(part, self.menu, self.split, self._sequence)
-        self._refuse_above_budget(self._nbytes + nbytes, self._sequence + n)
+        sent = sent_after([part], self.menu, self.split, self._nbytes, self._sequence)
+        self._refuse_above_budget(*sent)
         self._parts.append(part)
-        self._nbytes, self._sequence = self._nbytes + nbytes, self._sequence + n
+        self._nbytes, self._sequence = sent
 
     def dry(self, chunk: int) -> StagedPlan:
         """A dry run, in place of `base` and `plan`: most recent tokens first."""
@@ -193,11 +193,7 @@ class ChunkPlanner:
 
     def _provisional_size(self, chunk: int | None) -> tuple[int, int]:
         """Bytes and manifests of those."""
-        nbytes, sequence = self._nbytes, 0
-        for part in self._expected_parts(chunk):
-            more, n = layer_nbytes(part, self.menu, self.split, sequence)
-            nbytes, sequence = nbytes + more, sequence + n
-        return nbytes, sequence
+        return sent_after(self._expected_parts(chunk), self.menu, self.split, self._nbytes)
 
     def _refuse_above_budget(self, nbytes: int, sequence: int) -> None:
         """Of so many bytes in so many manifests, whatever is still to come."""
@@ -258,12 +254,10 @@ class _Sizes:
         self._nbytes, self._sequence = nbytes, sequence
 
     def __call__(self, layers: Sequence[LayerPlan | LayerCounts]) -> int:
-        nbytes, sequence = self._nbytes, self._sequence
-        for layer in layers:
-            upgrade = self._upgrade(layer)
-            if upgrade is not None:
-                more, n = layer_nbytes(upgrade, self._menu, self._split, sequence)
-                nbytes, sequence = nbytes + more, sequence + n
+        upgrades = (made for layer in layers if (made := self._upgrade(layer)) is not None)
+        nbytes, sequence = sent_after(
+            upgrades, self._menu, self._split, self._nbytes, self._sequence
+        )
         return nbytes + frame_nbytes(end_of(sequence, nbytes))
 
     def least(self, planned: Sequence[tuple[TokenProblem, LayerShape]]) -> Least:

@@ -1,6 +1,6 @@
 """Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -336,6 +336,20 @@ def _nbytes(
     return sum(sizes), len(sizes)
 
 
+def sent_after(
+    layers: Iterable[LayerPlan | LayerCounts],
+    menu: Sequence[Tier],
+    split: Split,
+    nbytes: int,
+    sequence: int = 0,
+) -> tuple[int, int]:
+    """Bytes and manifests of a stream after these layers; nbytes, sequence: those before them."""
+    for layer in layers:
+        more, n = layer_nbytes(layer, menu, split, sequence)
+        nbytes, sequence = nbytes + more, sequence + n
+    return nbytes, sequence
+
+
 def stream_nbytes(
     layers: Sequence[LayerPlan | LayerCounts],
     menu: Sequence[Tier],
@@ -347,10 +361,5 @@ def stream_nbytes(
     shape: of the offer, where the layers come in parts.
     """
     whole = shape or KVShape(tuple(layer.shape for layer in layers))
-    nbytes = frame_nbytes(offer_of(whole, menu))
-    sequence = 0
-    for layer in layers:
-        more, count = layer_nbytes(layer, menu, split, sequence)
-        nbytes += more
-        sequence += count
+    nbytes, sequence = sent_after(layers, menu, split, frame_nbytes(offer_of(whole, menu)))
     return nbytes + frame_nbytes(end_of(sequence, nbytes))

@@ -15,7 +15,7 @@ PARTS = (("prefill", "#8899aa"), ("after prefill", "#d97742"), ("first token", "
 
 
 def write_ttft_plot(rows: Sequence[Row], path: Path) -> None:
-    """The rows of `kvprism bench ttft` as a PNG: a panel a context and link, a bar an arm.
+    """The rows of `kvprism bench ttft` as a PNG: a row a context, a panel a link, a bar an arm.
 
     A bar is the median prefill (what was waited for of it), what the transfer adds after it, and
     the first token; a dot is the p50 of the whole, its line ends at p95, a black bar is the bound.
@@ -23,26 +23,39 @@ def write_ttft_plot(rows: Sequence[Row], path: Path) -> None:
     Raises:
         BadInput: no rows, or a place that cannot be written.
     """
-    panels = list(dict.fromkeys((row["context"], row["link_bits_per_s"]) for row in rows))
+    panels: dict[int, list[int]] = {}
+    for row in rows:
+        links = panels.setdefault(row["context"], [])
+        links += [row["link_bits_per_s"]] * (row["link_bits_per_s"] not in links)
     if not panels:
         raise BadInput("there is nothing to draw: no rows")
-    n_arms = len(rows) // len(panels)
-    size_in = (4.2 * len(panels) + 1.5, 0.38 * n_arms + 1.6)
+    n_links = max(map(len, panels.values()))
+    n_arms = len(rows) // sum(map(len, panels.values()))
+    size_in = (4.2 * n_links + 1.5, (0.38 * n_arms + 1.2) * len(panels) + 0.4)
     figure = Figure(figsize=size_in, dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, panel in zip(places, panels, strict=True):
-        _draw_ttft(axes, [r for r in rows if (r["context"], r["link_bits_per_s"]) == panel])
-    places[0].invert_yaxis()  # shared: from top to bottom, as the table is
-    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    places = figure.subplots(len(panels), n_links, sharey=True, squeeze=False)
+    for line, (context, links) in zip(places, panels.items(), strict=True):
+        for axes, link in zip(line, links, strict=False):
+            own = [r for r in rows if (r["context"], r["link_bits_per_s"]) == (context, link)]
+            _draw_ttft(axes, own)
+        for axes in line[len(links) :]:
+            axes.set_visible(False)
+    places[0, 0].invert_yaxis()  # shared: from top to bottom, as the table is
+    figure.legend(*places[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     try:
         figure.savefig(path, format="png")
     except OSError as error:
         raise BadInput(f"cannot write {path}: {error.strerror}") from error
 
 
+def _name(row: Row) -> str:
+    chunks = "" if row["chunk"] is None else f", {row['chunk']} at a time"
+    return f"{row['policy']} {row['budget'] or ''}".strip() + chunks
+
+
 def _draw_ttft(axes: Axes, rows: Sequence[Row]) -> None:
-    names = [f"{row['policy']} {row['budget'] or ''}".strip() for row in rows]
+    names = [_name(row) for row in rows]
     # The cache may be complete over there while the prefill's last layer is still computed here.
     prefill = [row["prefill_s"] + min(0.0, row["exposed_s"]) for row in rows]
     after = [max(0.0, row["exposed_s"]) for row in rows]

@@ -15,7 +15,7 @@ import numpy as np
 from kvprism.core import EMBEDDED, NATIVE_CODEC, UPGRADES, LayerShape, Tier
 from kvprism.errors import BadInput, ShapeMismatch, Unsupported
 from kvprism.layout import TierArray
-from kvprism.plans import LayerPlan, Plan, offer_of, stream_nbytes, tiers_in
+from kvprism.plans import LayerPlan, Plan, offer_of, sent_after, stream_nbytes, tiers_in
 from kvprism.wire.frames import frame_nbytes
 
 _NEVER = 255
@@ -72,11 +72,8 @@ class StagedPlan(Plan):
     @cached_property
     def base_nbytes(self) -> int:
         """What is sent before the first upgrade, and without END."""
-        nbytes, sequence = frame_nbytes(offer_of(self.shape, self.menu)), 0
-        for part in self.parts():
-            more, n = part.nbytes(self.menu, self.split, sequence)
-            nbytes, sequence = nbytes + more, sequence + n
-        return nbytes
+        offer = frame_nbytes(offer_of(self.shape, self.menu))
+        return sent_after(self.parts(), self.menu, self.split, offer)[0]
 
     def stages(self) -> Iterator[LayerPlan]:
         """What is encoded, in order: every layer of every part, then the layers' upgrades."""

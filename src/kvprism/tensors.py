@@ -1,6 +1,6 @@
 """The tensors of a request: LayerKV, RequestKV, LayerView. They compare by identity."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -84,6 +84,15 @@ class LayerKV:
         components = {name: x[:, low:high] for name, x in self.components.items()}
         held = None if self.held is None else self.held[:, low:high]
         return LayerKV(self.layer_id, components, self.positions[low:high], held)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[LayerKV]") -> "LayerKV":
+        """A layer of the tokens of its parts, in their order; every part holds all its rows."""
+        components = {
+            name: torch.cat([part.components[name] for part in parts], dim=1)
+            for name in parts[0].components
+        }
+        return cls(parts[0].layer_id, components, torch.cat([part.positions for part in parts]))
 
     def shape(self) -> LayerShape:
         """The layer's shape over its token range; `ShapeMismatch` when tokens are missing."""

@@ -1,7 +1,6 @@
 """The C kernels against the reference, bit for bit; skipped where they were not compiled."""
 
 import os
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,39 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DROP, INT4, INT8, NATIVE, same_bits
 
+from codec.kernels import COMPILED, Planes, as_bytes, buffers
 from kvprism.codec import backend, cpu, reference
-from kvprism.core import CONDITIONED_MENU, MENU, PUBLISHED_MENU, Tier
+from kvprism.core import CONDITIONED_MENU, MENU, PUBLISHED_MENU
 from kvprism.errors import CodecError, UnknownName
-from kvprism.layout import Plane, TierArray, plane_nbytes
+from kvprism.layout import Plane, TierArray
 from kvprism.tensors import DTYPES, KeyConditioning
 
-pytestmark = pytest.mark.skipif(
-    not cpu.LIBRARY.exists(), reason="the C kernels were not compiled (scripts/build-codec)"
-)
+pytestmark = COMPILED
 
 CHANNELS = [*range(2, 42, 2), 62, 64, 66, 96, 126, 128, 130, 192, 256]
 LARGEST_ROW = 119 * 65504.0
-PREFIX = 3  # bytes before a plane, so that none is aligned
-
-Planes = dict[Plane, memoryview]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def blocks_of_any_size_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "MIN_NBYTES_PER_THREAD", 1)
-        yield
-
-
-def buffers(tier_of: TierArray, menu: Sequence[Tier], x: torch.Tensor) -> Planes:
-    sizes = plane_nbytes(tier_of, menu, x.shape[-1], x.element_size())
-    return {
-        p: memoryview(bytearray(b"\xaa" * (size + PREFIX)))[PREFIX:] for p, size in sizes.items()
-    }
-
-
-def as_bytes(planes: Planes) -> dict[Plane, bytes]:
-    return {plane: bytes(data) for plane, data in planes.items()}
 
 
 def check_encode(x: torch.Tensor, tier_of: TierArray, threads: int = 1) -> Planes:

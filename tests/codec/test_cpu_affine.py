@@ -1,6 +1,5 @@
 """The C kernels of the affine codes against the reference, bit for bit; skipped without them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import DROP, INT4, INT8, NATIVE, same_bits
 
+from codec.kernels import COMPILED, Planes, as_bytes, buffers
 from kvprism.codec import cpu, reference
 from kvprism.core import MENUS, ONE_WIDTH_MENUS
 from kvprism.errors import CodecError
-from kvprism.layout import Plane, TierArray, plane_nbytes
+from kvprism.layout import Plane, TierArray
 from kvprism.tensors import DTYPES
 
-pytestmark = pytest.mark.skipif(
-    not cpu.LIBRARY.exists(), reason="the C kernels were not compiled (scripts/build-codec)"
-)
+pytestmark = COMPILED
 
 # Rows whose groups lie in one half of a row, in both and across; rows beside the vectors' lengths.
 CHANNELS = {
@@ -31,27 +29,14 @@ CHANNELS = {
 }
 ALL = MENUS | ONE_WIDTH_MENUS | {"kivi's keys": ONE_WIDTH_MENUS["kivi"]}
 CASES = [(name, channels) for name, widths in CHANNELS.items() for channels in widths]
-PREFIX = 3  # bytes before a plane, so that none is aligned
-
-Planes = dict[Plane, memoryview]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def blocks_of_any_size_are_shared() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "MIN_NBYTES_PER_THREAD", 1)
-        yield
 
 
 def component_of(name: str) -> str:
     return "k" if name.endswith("keys") else "v"
 
 
-def buffers(tier_of: TierArray, name: str, x: torch.Tensor) -> Planes:
-    sizes = plane_nbytes(tier_of, ALL[name], x.shape[-1], x.element_size(), component_of(name))
-    return {
-        p: memoryview(bytearray(b"\xaa" * (size + PREFIX)))[PREFIX:] for p, size in sizes.items()
-    }
+def buffers_of(tier_of: TierArray, name: str, x: torch.Tensor) -> Planes:
+    return buffers(tier_of, ALL[name], x, component_of(name))
 
 
 def done(codec: Any, work: str, name: str, *given: Any, **own: Any) -> str:
@@ -66,12 +51,12 @@ def done(codec: Any, work: str, name: str, *given: Any, **own: Any) -> str:
 def check_encode(x: torch.Tensor, tier_of: TierArray, name: str, threads: int = 1) -> Planes:
     """Both codecs write the same planes or say the same; the planes of the kernels."""
     assert cpu.suits(x, ALL[name], None, component_of(name))
-    ours, theirs = buffers(tier_of, name, x), buffers(tier_of, name, x)
+    ours, theirs = buffers_of(tier_of, name, x), buffers_of(tier_of, name, x)
     given = (x, tier_of, ALL[name])
     expected = done(reference, "encode_into", name, *given, theirs, (5, 70))
     assert done(cpu, "encode_into", name, *given, ours, (5, 70), threads=threads) == expected
     if not expected:
-        assert {p: bytes(d) for p, d in ours.items()} == {p: bytes(d) for p, d in theirs.items()}
+        assert as_bytes(ours) == as_bytes(theirs)
     return ours
 
 
@@ -139,7 +124,7 @@ def test_any_planes_are_decoded_or_refused_as_by_the_reference(
     rng, (name, channels) = np.random.default_rng(seed), case
     tier_of = rng.integers(0, 4, (2, 5)).astype(np.uint8)
     like = torch.zeros(2, 5, channels, dtype=DTYPES[dtype])
-    planes = buffers(tier_of, name, like)
+    planes = buffers_of(tier_of, name, like)
     for plane, data in planes.items():
         data[:] = rng.bytes(len(data))
         if plane == Plane.SCALE:
@@ -203,7 +188,7 @@ def test_planes_of_another_size_are_never_touched(
 ) -> None:
     x = torch.randn(2, 5, 32)
     tier_of = np.array([[INT8, DROP, NATIVE, INT4, INT4]] * 2, np.uint8)
-    planes = buffers(tier_of, name, x)
+    planes = buffers_of(tier_of, name, x)
     if change is None:
         del planes[plane]
     else:

@@ -10,8 +10,9 @@ import pytest
 from kvprism import cli
 from kvprism.commands.demo import ANSWER_TOKENS, ARMS, _facts
 from kvprism.integrations import worker
+from kvprism.integrations.decode_role import DecodeWorker
 from kvprism.integrations.definitions import ttft_ms
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+from kvprism.integrations.prefill_role import PrefillWorker
 
 from .conftest import Lend, Run, failure, read_json
 

@@ -23,6 +23,8 @@ from servers import ROOT, VARIABLE, Failed, Server, environment, free_port, tran
 from kvprism.evaluate.haystack import needle_case
 from kvprism.integrations import tiny
 from kvprism.integrations.hf import load_tokenizer
+from kvprism.wire.frames import HEAD_NBYTES, MAGIC, parse_head
+from kvprism.wire.messages import Manifest
 
 if VARIABLE not in os.environ:
     pytest.skip(f"{VARIABLE} names no Python with vLLM: make test-vllm", allow_module_level=True)
@@ -170,6 +172,36 @@ def test_a_damaged_segment_is_sent_again(
         cluster.prefill, cluster.decode, prompts[longest], NEW, cache_salt="damaged"
     )
     assert damaged.is_set() and got == alone[longest]
+
+
+def test_a_replayed_ticket_is_refused(
+    cluster: Cluster, prompts: list[list[int]], alone: list[list[int]]
+) -> None:
+    """All that a transfer sent under its ticket comes once more, ahead of the next one's."""
+    longest, second = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))[:2]
+    both, recorded, replayed = (cluster.prefill, cluster.decode), bytearray(), threading.Event()
+
+    def record(data: bytes) -> bytes:
+        if recorded or _begins_a_manifest(data):
+            recorded.extend(data)
+        return data
+
+    def replay(data: bytes) -> bytes:
+        if replayed.is_set() or not _begins_a_manifest(data):
+            return data
+        replayed.set()
+        return bytes(recorded) + data
+
+    changes: list[Callable[[bytes], bytes]] = [record, replay, lambda data: data]
+    for turn, (n, change) in enumerate(zip((longest, second, longest), changes, strict=True)):
+        cluster.link.change = change
+        assert transferred(*both, prompts[n], NEW, cache_salt=f"ticket{turn}")[0] == alone[n]
+    assert recorded and replayed.is_set()
+    assert cluster.decode.settled()["failures:TicketRefused"] == 1
+
+
+def _begins_a_manifest(data: bytes) -> bool:
+    return data.startswith(MAGIC) and parse_head(data[:HEAD_NBYTES]).kind is Manifest
 
 
 def test_a_prompt_that_both_sides_know_in_part(

@@ -33,6 +33,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         ({"repeats": 1}, BadInput),
         ({"links": (0,)}, BadInput),
         ({"links": ()}, BadInput),
+        ({"chunk": 0}, BadInput),
+        ({"chunk": 63}, BadInput),
     ):
         with pytest.raises(error):
             Case(**{**good, **changed})  # type: ignore[arg-type]
@@ -55,17 +57,18 @@ def test_workers_are_pinned_within_what_this_process_may_use() -> None:
 @pytest.mark.slow
 def test_requests_between_two_processes_are_timed_phase_by_phase() -> None:
     link = Link(PACING)
-    case = Case(96, ("spectrum-layer", "spectrum", "pdtrim"), ("0.4",), (None,), 2)
+    case = Case(96, ("spectrum-layer", "spectrum", "pdtrim"), ("0.4",), (None,), 2, chunk=40)
     seen: list[tuple[int, int]] = []
     with worker_pair("tiny", places=places(link, pin=False)[0]) as pair:
         rows = run_ttft(pair, link, 512, case, lambda *done: seen.append(done))
     assert seen[-1] == (len(seen), len(seen))
-    arms = [(row["policy"], row["budget"], row["overlap"]) for row in rows]
+    arms = [(row["policy"], row["budget"], row["chunk"], row["overlap"]) for row in rows]
     assert arms == [
-        ("raw", None, True),
-        ("spectrum-layer", "0.4", True),
-        ("spectrum", "0.4", False),
-        ("pdtrim", "0.4", True),
+        ("raw", None, None, True),
+        ("spectrum-layer", "0.4", None, True),
+        ("spectrum", "0.4", None, False),
+        ("spectrum", "0.4", 40, True),
+        ("pdtrim", "0.4", None, True),
     ]
     raw = rows[0]
     for row in rows:
@@ -91,6 +94,7 @@ def measured(policy: str, fraction: float, overlap: bool) -> dict[str, object]:
     return {
         "policy": policy,
         "budget": None,
+        "chunk": None,
         "overlap": overlap,
         "link_bits_per_s": 1,
         "wire_bytes": int(1e6 * fraction),

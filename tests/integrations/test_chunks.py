@@ -10,7 +10,8 @@ from samples import N_PROMPT, tokens
 from kvprism.errors import BadInput
 from kvprism.integrations import hf
 from kvprism.integrations.chunks import capture_chunks
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+from kvprism.integrations.decode_role import DecodeWorker
+from kvprism.integrations.prefill_role import PrefillWorker
 
 TOKEN = bytes(32)
 IDS = tokens(300)[0].tolist()

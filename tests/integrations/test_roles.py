@@ -15,8 +15,9 @@ from samples import tokens
 import kvprism
 from kvprism.errors import BadInput, PeerSilent, PositionMismatch, Rejected, UnknownName
 from kvprism.integrations import hf
+from kvprism.integrations.decode_role import DecodeWorker
 from kvprism.integrations.definitions import DEFINITIONS, ttft_ms
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+from kvprism.integrations.prefill_role import PrefillWorker
 
 TOKEN = bytes(32)
 IDS = tokens(300)[0].tolist()

@@ -117,6 +117,15 @@ def ttft(
     pin: Annotated[
         bool, typer.Option(help="Pin each worker to a core, of those that are allowed here.")
     ] = True,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--chunk",
+            min=1,
+            help="Also prefill in chunks of so many tokens, for policies that wait for the whole "
+            "prompt otherwise: a chunk leaves while the next is computed.",
+        ),
+    ] = None,
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Add a model of Llama-3.1-8B and 70B; labelled.")
     ] = False,
@@ -142,6 +151,7 @@ def ttft(
             shaping=shaping,
             pin=pin,
             extrapolate=extrapolate,
+            chunk=chunk,
         )
         show_ttft(result)
         console.write_json(json, result)

@@ -39,8 +39,11 @@ def bench_ttft(
     shaping: str,
     pin: bool,
     extrapolate: bool,
+    chunk: int | None = None,
 ) -> Result:
     """Measure every context, link, policy and budget; what was measured, and on what.
+
+    chunk: as `Case` has it.
 
     Raises:
         UnknownName: no such model, policy or shaping.
@@ -55,7 +58,14 @@ def bench_ttft(
         for link in links.split(",")
     )
     cases = [
-        Case(context, tuple(policies.split(",")), tuple(budgets.split(",")), rates, repeats)
+        Case(
+            context,
+            tuple(policies.split(",")),
+            tuple(budgets.split(",")),
+            rates,
+            repeats,
+            chunk=chunk,
+        )
         for context in contexts
     ]
     for case in cases:
@@ -112,9 +122,8 @@ def show_ttft(result: Result) -> None:
 
 def _cells(row: Row) -> list[str]:
     times = ("prefill", "plan", "encode", "exposed", "decode", "ttft_p50", "ttft_p95")
-    name = row["policy"] + ("" if row["budget"] is None else f" {row['budget']}")
     return [
-        name + (" (overlap)" if row["overlap"] else ""),
+        _name(row) + (" (overlap)" if row["overlap"] else ""),
         f"{row['wire_bytes'] / row['reference_bytes']:.4f}",
         *(f"{1e3 * row[f'{each}_s']:.1f}" for each in times),
         f"{1e3 * row['second_token_s']:.1f}",
@@ -133,17 +142,22 @@ def _show_findings(rows: list[Row]) -> None:
         f"planning: at most {100 * worst['plan_share']:.1f} % of the prefill ({worst['policy']}; "
         f"the limit is {100 * PLAN_SHARE:.0f} %)"
     )
-    for policy, budget in dict.fromkeys((row["policy"], row["budget"]) for row in rows):
-        own = [row for row in rows if (row["policy"], row["budget"]) == (policy, budget)]
+    for name in dict.fromkeys(map(_name, rows)):
+        own = [row for row in rows if _name(row) == name]
         even = own[-1]["break_even_with_plan_bits_per_s"]
         if even is None:
             continue
         loses = [_speed(row["link_bits_per_s"]) for row in own if row["gain"] < 0]
-        name = policy + ("" if budget is None else f" {budget}")
         console.say(
             f"{name}: codec and planning break even at {_speed(even)}; measured slower than raw "
             f"at {', '.join(loses) or 'no link'}"
         )
+
+
+def _name(row: Row) -> str:
+    budget = "" if row["budget"] is None else f" {row['budget']}"
+    chunks = "" if row["chunk"] is None else f", chunks of {row['chunk']}"
+    return f"{row['policy']}{budget}{chunks}"
 
 
 def _speed(bits_per_s: float) -> str:

@@ -16,8 +16,9 @@ from kvprism.commands.dry_run import plan_in_chunks, plan_without_prompt
 from kvprism.errors import AuthenticationFailed, BadInput, Unsupported
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations import hf
+from kvprism.integrations.decode_role import DecodeWorker
 from kvprism.integrations.definitions import DEFINITIONS, ttft_ms
-from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+from kvprism.integrations.prefill_role import PrefillWorker
 from kvprism.integrations.worker import Pair
 from kvprism.planning import PlanOptions, code_of
 from kvprism.policies import signals_of

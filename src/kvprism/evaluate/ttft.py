@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
+from kvprism.chunkwise import leaves_in_chunks
 from kvprism.errors import BadInput
 from kvprism.evaluate.arms import RAW, arms_of
 from kvprism.evaluate.links import PACING, TC, Link
 from kvprism.integrations.worker import Pair, Place
+from kvprism.layerwise import leaves_early
 
 WARM_UP = 2
 PREFILLS = 5
@@ -27,7 +29,10 @@ DEFINITIONS = {
     "while layers leave where they leave early",
     "raw_equals_prefill": "this link is the one on which raw transfer takes as long as a prefill "
     "alone",
-    "plan_s": "scores and solver; within prefill_s where layers leave early (overlap)",
+    "chunk": "tokens of a chunk, where the prompt is prefilled in chunks that leave early, and "
+    "upgrades follow",
+    "plan_s": "scores and solver; within prefill_s where layers leave early (overlap); with chunks "
+    "that of the upgrades comes after it",
     "plan_share": "processor time of planning over that of the prefill alone",
     "encode_s": "encoding, on the prefill side; as plan_s",
     "transfer_s": "from the offer to the acknowledgement, less encode_s; with overlap it contains "
@@ -37,9 +42,10 @@ DEFINITIONS = {
     "ttft_p50_s": "from before the prefill to the first token of the decode side; p95 as well",
     "second_token_s": "one more token: a decode step alone",
     "bound_s": "what no system could beat on this link, from prefills alone that took turns with "
-    "the arms: t = 0; for each layer t = max(t, when its "
-    "keys and values exist) + its bytes / link; plus one layer's encode and decode and one decode "
-    "step; without overlap prefill + bytes / link in place of t",
+    "the arms: t = 0; for each layer t = max(t, when its keys and values exist) + its bytes / "
+    "link; plus one layer's encode and decode and one decode step; without overlap prefill + bytes "
+    "/ link in place of t; with chunks for each layer of each chunk, from prefills in chunks, and "
+    "for all upgrades after the last",
     "break_even_bits_per_s": "the link on which encode and decode take what the saved bytes do; "
     "above it compression loses, unless it overlaps",
     "gain": "1 - TTFT / TTFT of raw on the same link; negative: compression loses",
@@ -49,15 +55,26 @@ Row = dict[str, Any]
 Advance = Callable[[int, int], None]
 
 
+class Way(NamedTuple):
+    """What one request is sent as; chunk: None for a prompt prefilled in one go."""
+
+    policy: str
+    budget: str | None
+    chunk: int | None
+
+
 @dataclass(frozen=True)
 class Case:
     """What is measured: policies at budgets, over links, so many times.
 
-    links: bits per second; None: the link on which raw transfer takes as long as a prefill alone.
+    links: bits per second; None: the link on which raw transfer takes as long as a prefill alone;
+    chunk: policies that look at the whole prompt are also measured in chunks of so many tokens,
+    where they can be.
 
     Raises:
         UnknownName: no such policy.
-        BadInput: no budget where one is needed, fewer than two tokens, or no repeat.
+        BadInput: no budget where one is needed, fewer than two tokens, no repeat, or a chunk that
+            is not shorter than the prompt.
     """
 
     context: int
@@ -66,6 +83,7 @@ class Case:
     links: tuple[int | None, ...]
     repeats: int
     seed: int = 0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.repeats < 2:
@@ -75,13 +93,30 @@ class Case:
             )
         if not self.links or any(link is not None and link < 1 for link in self.links):
             raise BadInput(f"links must be faster than nothing, got {self.links}")
+        if self.chunk is not None and not 1 <= self.chunk < self.context - 1:
+            raise BadInput(
+                f"a chunk of 1 to {self.context - 2} tokens of a prompt of {self.context}, got "
+                f"{self.chunk}"
+            )
         _ = self.arms  # says now what is wrong with a policy or a budget
 
     @property
-    def arms(self) -> list[tuple[str, str | None]]:
-        """(policy, budget); `raw` first, whether it was named or not."""
-        arms = arms_of(self.policies, self.budgets)
-        return [(arm.policy, None if arm.budget is None else str(arm.budget)) for arm in arms]
+    def arms(self) -> list[Way]:
+        """`raw` first, whether it was named or not."""
+        named = (
+            (arm.policy, None if arm.budget is None else str(arm.budget))
+            for arm in arms_of(self.policies, self.budgets)
+        )
+        return [Way(*each, chunk) for each in named for chunk in self._chunks(each[0])]
+
+    def _chunks(self, policy: str) -> tuple[int | None, ...]:
+        both = leaves_in_chunks(policy) and not leaves_early(policy)
+        return (None,) if self.chunk is None or not both else (None, self.chunk)
+
+    @property
+    def prefills(self) -> tuple[int | None, ...]:
+        """In how long chunks the prompt is prefilled."""
+        return tuple(dict.fromkeys(way.chunk for way in self.arms))
 
 
 def places(link: Link, pin: bool) -> tuple[tuple[Place, Place], str]:
@@ -115,7 +150,7 @@ def run_ttft(
     ids = [drawn.randrange(vocabulary) for _ in range(case.context)]
     pair.ready()
     total = len(case.arms) * WARM_UP + PREFILLS
-    total += len(case.links) * case.repeats * (len(case.arms) + 1)
+    total += len(case.links) * case.repeats * (len(case.arms) + len(case.prefills))
     done = 0
 
     def counted(found: Row) -> Row:
@@ -124,24 +159,26 @@ def run_ttft(
         return found
 
     bench = _Bench(pair, link, ids)
-    warm = [counted(bench.sample(*arm)) for _ in range(WARM_UP) for arm in case.arms]
-    alone = [counted(bench.prefill()) for _ in range(PREFILLS)]
-    prefill_s = median(one["prefill_s"] for one in alone)
+    warm = [counted(bench.sample(arm)) for _ in range(WARM_UP) for arm in case.arms]
+    prefill_s = median(counted(bench.prefill(None))["prefill_s"] for _ in range(PREFILLS))
     equal = round(8 * warm[0]["wire_bytes"] / prefill_s, -5)  # of raw, the first arm
     rows = []
     for wanted in case.links:
         bits_per_s = int(equal) if wanted is None else wanted
         bench.set_link(bits_per_s)
-        alone, samples = [], [list[Row]() for _ in case.arms]
+        alone: dict[int | None, list[Row]] = {chunk: [] for chunk in case.prefills}
+        samples = [list[Row]() for _ in case.arms]
         for _ in range(case.repeats):
-            alone.append(counted(bench.prefill()))
+            for chunk, prefills in alone.items():
+                prefills.append(counted(bench.prefill(chunk)))
             for own, arm in zip(samples, case.arms, strict=True):
-                own.append(counted(bench.sample(*arm)))
+                own.append(counted(bench.sample(arm)))
+        medians = {chunk: _medians(prefills) for chunk, prefills in alone.items()}
         raw_s = _ttft_p50(samples[0])
         said = {"context": case.context, "shaping": link.shaping}
         said["raw_equals_prefill"] = wanted is None
         for arm, own in zip(case.arms, samples, strict=True):
-            rows.append({**said, **_row(arm, own, bits_per_s, _medians(alone), raw_s)})
+            rows.append({**said, **_row(arm, own, bits_per_s, medians[arm.chunk], raw_s)})
     return rows
 
 
@@ -158,14 +195,13 @@ class _Bench:
         elif self._link.shaping == PACING:
             self._pair.call(self._pair.prefill, "pace", bytes_per_s=bits_per_s // 8)
 
-    def prefill(self) -> Row:
+    def prefill(self, chunk: int | None) -> Row:
         """A prefill and nothing else: when each layer exists, and the whole."""
-        return {**self._pair.call(self._pair.prefill, "time_layers", ids=self._ids)}
+        return {**self._pair.call(self._pair.prefill, "time_layers", ids=self._ids, chunk=chunk)}
 
-    def sample(self, policy: str, budget: str | None) -> Row:
-        arguments = {"ids": self._ids, "policy": policy, "budget": budget}
+    def sample(self, arm: Way) -> Row:
         sent, restored = self._pair.exchange(
-            ("serve", {**arguments, "address": self._address}),
+            ("serve", {"ids": self._ids, "address": self._address, **arm._asdict()}),
             ("go_on", {"ids": self._ids, "timeout_s": PATIENCE_S}),
         )
         started = sent["started_at"]
@@ -191,9 +227,7 @@ def _ttft_p50(samples: Sequence[Row]) -> float:
     return float(median(one["ttft_s"] for one in samples))
 
 
-def _row(
-    arm: tuple[str, str | None], samples: Sequence[Row], bits_per_s: int, alone: Row, raw_s: float
-) -> Row:
+def _row(arm: Way, samples: Sequence[Row], bits_per_s: int, alone: Row, raw_s: float) -> Row:
     medians = {
         name: median(one[name] for one in samples)
         for name in (*PHASES, "plan_cpu_s", "exposed_s", "first_token_s", "second_token_s")
@@ -203,15 +237,15 @@ def _row(
     one = samples[0]
     saved = one["native_bytes"] - one["wire_bytes"]
     codec_s = medians["encode_s"] + medians["decode_s"]
-    bound = bound_s(
-        alone["layer_ready_s"] if one["overlap"] else [alone["prefill_s"]],
-        one["layer_nbytes"] if one["overlap"] else [one["wire_bytes"]],
-        bits_per_s,
-        codec_s / len(one["layer_nbytes"]) + medians["second_token_s"],
-    )
+    ready_s, nbytes = alone["layer_ready_s"], one["piece_nbytes"]
+    after_s = codec_s / len(nbytes) + medians["second_token_s"]
+    if arm.chunk is not None:
+        ready_s = [*ready_s, alone["prefill_s"]]  # upgrades
+    if not one["overlap"]:
+        ready_s, nbytes = [alone["prefill_s"]], [one["wire_bytes"]]
+    bound = bound_s(ready_s, nbytes, bits_per_s, after_s)
     return {
-        "policy": arm[0],
-        "budget": arm[1],
+        **arm._asdict(),
         "link_bits_per_s": bits_per_s,
         "overlap": one["overlap"],
         **medians,

@@ -65,7 +65,9 @@ class Rates:
 def modelled(rows: Sequence[Row], rates: Rates) -> list[Row]:
     """A row for every large model, context, link and arm of `rows`; each says `modelled`."""
     fastest = max(row["link_bits_per_s"] for row in rows)
-    arms = [row for row in rows if row["link_bits_per_s"] == fastest]
+    # Chunks of a large model are of other sizes: only prompts that are prefilled in one go.
+    in_one_go = [row for row in rows if row["chunk"] is None]
+    arms = [row for row in in_one_go if row["link_bits_per_s"] == fastest]
     found = []
     for model in MODELS:
         for tokens in CONTEXTS:

@@ -12,10 +12,10 @@ import torch
 from kvprism.chunkwise import ChunkPlanner
 from kvprism.errors import BadInput
 from kvprism.integrations.families import first_visible, windows_of
-from kvprism.integrations.hf import Complete, cast_layer, check_ids, wrap_attention
+from kvprism.integrations.hf import Attention, Complete, cast_layer, made_ready
 from kvprism.integrations.restored import empty_cache
 from kvprism.layout import ranges
-from kvprism.pipeline import ChunkSender, Sender
+from kvprism.pipeline import ChunkSender, Sender, Sent
 from kvprism.score.attention import WINDOW
 from kvprism.staged import StagedPlan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
@@ -45,10 +45,7 @@ def capture_chunks(
     """
     if chunk < 1 or window < 1:
         raise BadInput(f"a chunk and a window have at least 1 position, got {chunk} and {window}")
-    if model.training:
-        raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
-    windows, ids = windows_of(model), check_ids(model, ids)
-    wrap_attention(model)
+    windows, ids = windows_of(model), made_ready(model, ids)
     recorder = _PartRecorder(window, windows, ids.shape[1], on_part, cache_dtype)
     cache = empty_cache(model)
     for start, stop in ranges(0, ids.shape[1], chunk):
@@ -62,13 +59,21 @@ def capture_chunks(
 
 @dataclass(frozen=True)
 class SentInChunks:
-    """What one request took, and what it left; timings in ms, as `DEFINITIONS` has them."""
+    """What one request took, and what it left.
+
+    piece_nbytes: of every part, in order, then of all upgrades; timings: in ms, as `DEFINITIONS`
+    has them; plan_s: of all parts' plans and the last, plan_cpu_s of processor time.
+    """
 
     kv: RequestKV
     views: tuple[LayerView, ...]
     plan: StagedPlan
+    sent: Sent
     base_nbytes: int
+    piece_nbytes: tuple[int, ...]
     timings: dict[str, float]
+    plan_s: float
+    plan_cpu_s: float
 
 
 def send_chunks(
@@ -92,7 +97,9 @@ def send_chunks(
         times.append(time.perf_counter())
         parts.wait()
         times.append(time.perf_counter())
+        computed = time.thread_time()
         planned = planner.plan(views)
+        plan_cpu_s = parts.plan_cpu_s + time.thread_time() - computed
         times.append(time.perf_counter())
         base_nbytes, encoded_s = transfer.nbytes, transfer.encode_s
         sent = parts.finish(kv, planned)
@@ -105,7 +112,17 @@ def send_chunks(
         "transfer_ms": waited_s + finish_s - encode_s,
     }
     timings = {name: 1000 * seconds for name, seconds in timings.items()}
-    return SentInChunks(kv, views, planned, base_nbytes, timings)
+    return SentInChunks(
+        kv,
+        views,
+        planned,
+        sent,
+        base_nbytes,
+        (*parts.part_nbytes, planned.nbytes - base_nbytes),
+        timings,
+        parts.plan_s + plan_s,
+        plan_cpu_s,
+    )
 
 
 class _PartRecorder:
@@ -136,26 +153,16 @@ class _PartRecorder:
     def complete(self) -> bool:
         return self._seen == len(self._parts)
 
-    def record(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> None:
+    def record(self, call: Attention) -> None:
         self._seen += 1
-        layer_id: int = module.layer_idx
-        self._recorded[layer_id] = {
-            "queries": self._last_queries(layer_id, query[0]),
-            "softmax_scale": float(kwargs["scaling"]),
-            "softcap": kwargs.get("softcap"),
-        }
+        layer_id: int = call.module.layer_idx
+        queries = self._last_queries(layer_id, call.query[0])
+        self._recorded[layer_id] = {"queries": queries, **call.recorded()}
         start = max(self._start, self._first[layer_id])
         if start >= self._stop:
             return
         new = start - self._stop  # from the end: a layer with a window lets go of its beginning
-        x = key[0, :, new:], value[0, :, new:]
+        x = call.key[0, :, new:], call.value[0, :, new:]
         part = cast_layer(layer_id, *x, (start, self._stop), self._cache_dtype)
         self._parts[layer_id].append(part)
         self._on_part(part)
@@ -169,10 +176,6 @@ class _PartRecorder:
     def view(self, layer_id: int) -> LayerView:
         """A layer with all its parts; call it once."""
         parts, self._parts[layer_id] = self._parts[layer_id], []
-        components = {
-            name: torch.cat([part.components[name] for part in parts], dim=1) for name in ("k", "v")
-        }
-        positions = torch.cat([part.positions for part in parts])
-        recorded = self._recorded[layer_id]
-        own = {"queries": recorded["queries"][:, -len(positions) :]}
-        return LayerView(LayerKV(layer_id, components, positions), **(recorded | own))
+        kv, recorded = LayerKV.joined(parts), self._recorded[layer_id]
+        own = {"queries": recorded["queries"][:, -len(kv.positions) :]}
+        return LayerView(kv, **(recorded | own))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -188,7 +188,7 @@ def _attend(
     **kwargs: Any,
 ) -> Any:
     if kvprism_recorder is not None:
-        kvprism_recorder.record(module, query, key, value, kwargs)
+        kvprism_recorder.record(Attention(module, query, key, value, kwargs))
         if kvprism_recorder.complete:
             raise Complete
     layer: RestoredLayer | None = getattr(key, "kvprism_layer", None)
@@ -209,20 +209,30 @@ def _attention(name: str, module: torch.nn.Module) -> Callable[..., Any]:
     return function
 
 
+class Attention(NamedTuple):
+    """What a layer's attention was called with: post-RoPE `[1, head, token, channel]` each."""
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    kwargs: dict[str, Any]
+
+    def recorded(self) -> dict[str, Any]:
+        """What a view of the layer holds of it, but for its queries."""
+        return {
+            "softmax_scale": float(self.kwargs["scaling"]),
+            "softcap": self.kwargs.get("softcap"),
+        }
+
+
 class Recorder(Protocol):
     """Sees every layer of a forward call that is given one, until it has all that it wants."""
 
     @property
     def complete(self) -> bool: ...
 
-    def record(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> None: ...
+    def record(self, call: Attention) -> None: ...
 
 
 class Complete(Exception):
@@ -263,23 +273,14 @@ class _Recorder:
         }
         return LayerView(kv, **(recorded | own))
 
-    def record(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kwargs: dict[str, Any],
-    ) -> None:
-        scale, softcap = float(kwargs["scaling"]), kwargs.get("softcap")
-        window = self._windows[module.layer_idx]
-        recorded: dict[str, Any] = {
-            "queries": query[0, :, -self.window :].clone(),  # a view would keep all queries alive
-            "softmax_scale": scale,
-            "softcap": softcap,
-        }
+    def record(self, call: Attention) -> None:
+        module, query, key, value, _ = call
+        window, recorded = self._windows[module.layer_idx], call.recorded()
         if "mass" in self._signals:
+            scale, softcap = recorded["softmax_scale"], recorded["softcap"]
             recorded["mass"] = attention_mass(query[0], key[0], scale, softcap, window)
+        # A view would keep all queries alive.
+        recorded["queries"] = query[0, :, -self.window :].clone()
         if self._frequencies is not None:
             recorded["future_queries"] = query_statistics(query[0], self._frequencies)
         if "output_norms" in self._signals:
@@ -331,10 +332,7 @@ def capture(
     sliding_windows = windows_of(model)
     if window < 1:
         raise BadInput(f"window must be at least 1 position, got {window}")
-    if model.training:
-        raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
-    ids = check_ids(model, ids)
-    wrap_attention(model)
+    ids = made_ready(model, ids)
     frequencies = _frequencies(model, signals)
     recorder = _Recorder(window, signals, sliding_windows, frequencies, on_layer, cache_dtype)
     with torch.no_grad(), suppress(Complete):
@@ -364,8 +362,17 @@ def cast_layer(
     return LayerKV(layer_id, kept, torch.arange(*token_range, device=keys.device))
 
 
-def check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """`ids` as `[1, token]` on the model's device; `BadInput` as `capture`."""
+def made_ready(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` as `[1, token]` on its device, and the model ready for them; errors as `capture`."""
+    if model.training:
+        raise BadInput("the model is in training mode, where dropout acts; call model.eval() first")
+    ids = _check_ids(model, ids)
+    wrap_attention(model)
+    return ids
+
+
+def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` as `[1, token]` on the model's device."""
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2) or (ids.dim() == 2 and len(ids) != 1):
         raise BadInput(
             f"token ids must be int64 [token] or [1, token], got {ids.dtype} {list(ids.shape)}; "

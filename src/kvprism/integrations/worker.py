@@ -74,7 +74,8 @@ def _load(
     host: str,
 ) -> Any:
     token = load_token(token_file)
-    from kvprism.integrations.roles import DecodeWorker, PrefillWorker
+    from kvprism.integrations.decode_role import DecodeWorker
+    from kvprism.integrations.prefill_role import PrefillWorker
     from kvprism.profiles import Profile
 
     profile = None if profile_file is None else Profile.load(profile_file)

@@ -5,10 +5,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Generic, Self, TypeVar
 
-from kvprism.pipeline.link import SILENCE_S
 from kvprism.pipeline.sender import Sent, Transfer
 from kvprism.plans import LayerPlan
 from kvprism.staged import StagedPlan
@@ -69,16 +67,10 @@ class _Background(ABC, Generic[T]):
 
     def _work(self) -> None:
         try:
-            while (item := self._next()) is not None:
+            while (item := self._transfer.wait_for(self._waiting)) is not None:
                 self._take(item)
         except BaseException as error:  # raised again in the caller's thread
             self._error = error
-
-    def _next(self) -> T | None:
-        while True:
-            with suppress(queue.Empty):
-                return self._waiting.get(timeout=SILENCE_S / 4)
-            self._transfer.ping()
 
 
 class LayerSender(_Background[LayerView]):
@@ -132,6 +124,7 @@ class ChunkSender(_Background[LayerKV]):
 
     def __init__(self, transfer: Transfer, base: Callable[[LayerKV], LayerPlan]) -> None:
         self._base = base
+        self.part_nbytes: list[int] = []  # what was sent of each part, in order
         super().__init__(transfer)
 
     def wait(self) -> None:
@@ -147,4 +140,6 @@ class ChunkSender(_Background[LayerKV]):
         return sent
 
     def _take(self, kv: LayerKV) -> None:
+        before = self._transfer.nbytes
         self._transfer.send_part(kv, self._planned(lambda: self._base(kv)))
+        self.part_nbytes.append(self._transfer.nbytes - before)

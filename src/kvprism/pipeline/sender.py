@@ -3,8 +3,10 @@
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import cast
+from queue import Empty, SimpleQueue
+from typing import TypeVar, cast
 
 from kvprism.codec.stream import (
     Encoded,
@@ -28,6 +30,8 @@ from kvprism.transport import addresses
 from kvprism.wire.frames import frame_nbytes, pack
 from kvprism.wire.messages import NOT_STATED, Offer, Ping, Resend
 from kvprism.wire.session import SenderSession
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,13 @@ class Transfer:
         layers = {layer.layer_id: layer for layer in kv.layers}
         for upgrade in plan.upgrades:
             self.send_part(layers[upgrade.shape.layer_id], upgrade)
+
+    def wait_for(self, waiting: "SimpleQueue[T]", patience_s: float = SILENCE_S / 4) -> T:
+        """The next item; meanwhile the peer hears every `patience_s` that this side is at work."""
+        while True:
+            with suppress(Empty):
+                return waiting.get(timeout=patience_s)
+            self.ping()
 
     def ping(self) -> None:
         """Tell the peer that this side is still at work."""

@@ -131,7 +131,7 @@ class Courier:
             chunks.append(item)
             if not part.computed:
                 self._counts.add(early_chunks=1)
-        whole, views = joined(chunks, item)
+        whole, views = joined(chunks, item.queries)
         started = time.perf_counter()
         planned = planner.plan(views, item.importance)
         plan_s = time.perf_counter() - started

@@ -57,23 +57,22 @@ class LayeredPart:
         self._waiting.put(view)
 
     def take(self, transfer: Transfer, patience_s: float) -> LayerView:
-        """The next layer; meanwhile the peer hears every `patience_s` that this side is at work."""
-        while True:
-            try:
-                view = self._waiting.get(timeout=patience_s)
-            except queue.Empty:
-                transfer.ping()
-            else:
-                self.taken += 1
-                return view
+        """The next layer; as `Transfer.wait_for`."""
+        view = transfer.wait_for(self._waiting, patience_s)
+        self.taken += 1
+        return view
+
+
+# Layer id -> its last queries and its softmax scale.
+Queries = Mapping[int, tuple[torch.Tensor, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """How a prompt's tokens are ranked, by what; layer -> last queries and softmax scale."""
+    """How a prompt's tokens are ranked, and by which queries."""
 
     importance: str
-    queries: Mapping[int, tuple[torch.Tensor, float]]
+    queries: Queries
 
 
 @dataclass(eq=False)
@@ -112,31 +111,25 @@ class ChunkedPart:
         self._waiting.put(None)
 
     def take(self, transfer: Transfer, patience_s: float) -> tuple[LayerKV, ...] | Asked | None:
-        """What comes next, None: it was given up; the peer hears that this side is at work."""
-        while True:
-            try:
-                item = self._waiting.get(timeout=patience_s)
-            except queue.Empty:
-                transfer.ping()
-            else:
-                self.taken += 1
-                return item
+        """What comes next, None: it was given up; as `Transfer.wait_for`."""
+        item = transfer.wait_for(self._waiting, patience_s)
+        self.taken += 1
+        return item
 
 
 AnyPart = Part | LayeredPart | ChunkedPart
 
 
 def joined(
-    chunks: Sequence[tuple[LayerKV, ...]], asked: Asked
+    chunks: Sequence[tuple[LayerKV, ...]], queries: Queries
 ) -> tuple[RequestKV, tuple[LayerView, ...]]:
     """The whole of a prompt that came in chunks."""
-    views = []
-    for parts in zip(*chunks, strict=True):
-        components = {
-            name: torch.cat([part.components[name] for part in parts], 1) for name in ("k", "v")
-        }
-        kv = LayerKV(parts[0].layer_id, components, torch.cat([part.positions for part in parts]))
-        queries = asked.queries.get(kv.layer_id)
-        views.append(LayerView(kv) if queries is None else LayerView(kv, *queries))
-    layers = tuple(view.kv for view in views)
-    return RequestKV(layers, int(layers[0].positions[-1]) + 1), tuple(views)
+    layers = tuple(LayerKV.joined(parts) for parts in zip(*chunks, strict=True))
+    views = tuple(view_of(kv, queries) for kv in layers)
+    return RequestKV(layers, int(layers[0].positions[-1]) + 1), views
+
+
+def view_of(kv: LayerKV, queries: Queries) -> LayerView:
+    """A layer with its queries, where there are any."""
+    own = queries.get(kv.layer_id)
+    return LayerView(kv) if own is None else LayerView(kv, *own)

@@ -1,7 +1,7 @@
 """The prefill side of the worker half: copy blocks after a step, or each layer's within it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,15 +11,20 @@ from kvprism.integrations.vllm.config import Address, ConnectorConfig
 from kvprism.integrations.vllm.counts import Counts
 from kvprism.integrations.vllm.courier import Courier
 from kvprism.integrations.vllm.layouts import PagedCache
-from kvprism.integrations.vllm.parts import Asked, ChunkedPart, LayeredPart, Part
+from kvprism.integrations.vllm.parts import (
+    Asked,
+    ChunkedPart,
+    LayeredPart,
+    Part,
+    Queries,
+    joined,
+    view_of,
+)
 from kvprism.integrations.vllm.queries import QueryTap, last_slots
 from kvprism.integrations.vllm.scheduler import Save
 from kvprism.planning import PlanOptions
 from kvprism.score.attention import WINDOW
-from kvprism.tensors import DTYPE_NAMES, LayerKV, LayerView
-
-# layer id -> keys and values [head, token, channel]
-Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
+from kvprism.tensors import DTYPE_NAMES, LayerKV
 
 
 class Producer:
@@ -43,7 +48,7 @@ class Producer:
         self._layered = config.settings.send == "layer"
         self._upgrades = config.settings.send == "upgrade"
         self._begun: dict[str, ChunkedPart] = {}  # whose last chunk has not come
-        self._copied: dict[str, list[tuple[int, Rows]]] = {}
+        self._copied: dict[str, list[tuple[LayerKV, ...]]] = {}
         self._open: dict[str, LayeredPart | None] = {}  # of this step; None: not to be sent
         self._queries: dict[str, dict[int, torch.Tensor]] = {}
         self._couriers: dict[Address, Courier] = {}
@@ -69,8 +74,7 @@ class Producer:
             if self._upgrades:
                 self._hand_over_chunk(save)
                 continue
-            rows = {layer: self._rows(save, layer) for layer in self._cache.layers}
-            self._copied.setdefault(save.request_id, []).append((save.start, rows))
+            self._copied.setdefault(save.request_id, []).append(self._layers(save))
             if save.last or self._config.settings.send == "chunk":
                 self._courier(save.address).put(self._joined(save))
 
@@ -86,12 +90,21 @@ class Producer:
         for courier in self._couriers.values():
             courier.close()
 
-    def _rows(self, save: Save, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _layers(self, save: Save) -> tuple[LayerKV, ...]:
+        return tuple(self._layer(save, layer) for layer in sorted(self._cache.layers))
+
+    def _layer(self, save: Save, layer: int) -> LayerKV:
+        """A step's tokens of one layer, copied."""
         started = time.perf_counter()
         keys, values = self._cache.gather(layer, save.blocks, save.start, save.stop)
-        rows = keys.cpu(), values.cpu()
+        components = {"k": keys.cpu(), "v": values.cpu()}
         self._counts.add(hold_seconds=time.perf_counter() - started)
-        return rows
+        return LayerKV(layer, components, torch.arange(save.start, save.stop))
+
+    def _asked(self, queries: Mapping[int, torch.Tensor]) -> Queries:
+        """With the scale of each layer."""
+        scales = {} if self._tap is None else self._tap.scales
+        return {layer: (x, scales[layer]) for layer, x in queries.items()}
 
     def _hand_over(self, save: Save, layer: int, *, computed: bool) -> None:
         """One layer of a part that is under way; the first one opens it. computed: all are."""
@@ -102,7 +115,8 @@ class Producer:
         taker = self._open[save.request_id]
         if taker is not None and layer not in taker.given:
             taker.computed |= computed
-            taker.put(self._view(save.request_id, layer, save.start, *self._rows(save, layer)))
+            queries = self._asked(self._queries.get(save.request_id, {}))
+            taker.put(view_of(self._layer(save, layer), queries))
 
     def _hand_over_chunk(self, save: Save) -> None:
         """All layers of a step's tokens; the first chunk of a prompt opens its transfer."""
@@ -112,19 +126,13 @@ class Producer:
                 self._begun[save.request_id] = part
         begun = self._begun.get(save.request_id)
         if begun is not None and not begun.failed:
-            layers = []
-            for layer in sorted(self._cache.layers):
-                keys, values = self._rows(save, layer)
-                layers.append(self._kv(layer, save.start, keys, values))
-            begun.put(tuple(layers))
+            begun.put(self._layers(save))
         if save.last:
             self._begun.pop(save.request_id, None)
             importance = self._options(save.request_id).importance
-            queries = self._queries.pop(save.request_id, {})
-            scales = {} if self._tap is None else self._tap.scales
+            asked = Asked(importance, self._asked(self._queries.pop(save.request_id, {})))
             if begun is not None:
-                own = {layer: (x, scales[layer]) for layer, x in queries.items()}
-                begun.end(Asked(importance, own))
+                begun.end(asked)
 
     def _opened(self, save: Save) -> LayeredPart:
         shape, options = self._shape(save.start, save.stop), self._options(save.request_id)
@@ -139,27 +147,10 @@ class Producer:
 
     def _joined(self, save: Save) -> Part:
         """All that was copied of a request since its last part."""
-        chunks = self._copied.pop(save.request_id)
-        start, options = chunks[0][0], self._options(save.request_id)
-        views = []
-        for layer in sorted(self._cache.layers):
-            keys, values = (torch.cat([rows[layer][i] for _, rows in chunks], 1) for i in (0, 1))
-            views.append(self._view(save.request_id, layer, start, keys, values))
-        self._queries.pop(save.request_id, None)
-        return Part(save.binding, start, options, tuple(views))
-
-    def _view(
-        self, request_id: str, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> LayerView:
-        kv = self._kv(layer, start, keys, values)
-        queries = self._queries.get(request_id, {}).get(layer)
-        if self._tap is None or queries is None:
-            return LayerView(kv)
-        return LayerView(kv, queries, self._tap.scales[layer])
-
-    def _kv(self, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> LayerKV:
-        positions = torch.arange(start, start + keys.shape[1])
-        return LayerKV(layer, {"k": keys, "v": values}, positions)
+        options = self._options(save.request_id)
+        queries = self._asked(self._queries.pop(save.request_id, {}))
+        kv, views = joined(self._copied.pop(save.request_id), queries)
+        return Part(save.binding, int(kv.layers[0].positions[0]), options, views)
 
     def _remember(self, save: Save, layer: int, queries: torch.Tensor | None) -> None:
         """The last window of what a part was asked so far, over its steps."""
