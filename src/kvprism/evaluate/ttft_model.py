@@ -99,6 +99,7 @@ def _modelled(model: LargeModel, tokens: int, line: int, row: Row, rates: Rates)
         "link_bits_per_s": line,
         "policy": row["policy"],
         "budget": row["budget"],
+        "chunk": row["chunk"],
         "overlap": row["overlap"],
         "fraction": row["wire_bytes"] / row["reference_bytes"],
         "prefill_s": prefill_s,
