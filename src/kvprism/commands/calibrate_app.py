@@ -47,6 +47,14 @@ def calibrate(
     sharing: Annotated[
         str, typer.Option("--sharing", help="polykv's budgets: uniform, entropy or perplexity.")
     ] = "uniform",
+    route: Annotated[
+        str,
+        typer.Option(
+            "--route",
+            help="Whose routes: polykv, polykv-best, or polykv by other signals, such as "
+            "polykv-cosine-entropy. Those of others stay as the profile has them.",
+        ),
+    ] = "polykv,polykv-best",
     sweeps: Annotated[
         int, typer.Option("--sweeps", min=0, help="Passes of coordinate descent for polykv-best.")
     ] = 2,
@@ -81,6 +89,7 @@ def calibrate(
             sharing=sharing,
             sweeps=sweeps,
             seed=seed,
+            routes=route,
         )
         result = run_calibrate(model, text, out, records, settings)
         show_calibrated(result)
