@@ -10,13 +10,14 @@ from bench.tables.cells import RESULTS, ROOT, Row, table
 PROFILES = ROOT / "bench" / "profiles"
 
 
-def routes(model: str = "tiny") -> list[str]:
+def routes(model: str = "tiny", policies: Sequence[str] = ("polykv", "polykv-best")) -> list[str]:
     """The routes of a profile, as `kvprism calibrate` made them."""
     profile = json.loads((PROFILES / f"{model}-routes.json").read_text())
     heads = ["policy", "budget", "layers", "from"]
     lines = (
         f"| `{route['policy']}` | {route['tokens']}tok | {route['prefill']} | {route['note']} |"
         for route in profile["routes"]
+        if route["policy"] in policies
     )
     return table(heads, lines)
 
