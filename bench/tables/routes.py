@@ -9,6 +9,8 @@ from statistics import median
 from bench.tables.cells import RESULTS, ROOT, Row, exact, rows, table
 
 PROFILES = ROOT / "bench" / "profiles"
+# Budgets at which `bench.controls` was run.
+CONTROLLED = (256,)
 
 
 def routes(model: str = "tiny", policies: Sequence[str] = ("polykv", "polykv-best")) -> list[str]:
