@@ -15,7 +15,7 @@ import numpy as np
 from kvprism.allocate import placements, route
 from kvprism.evaluate.layers import TEXT, CalibrationSet, Document, LayerLosses, Ledger, key_of
 from kvprism.evaluate.measure import LoadedModel
-from kvprism.evaluate.route_search import PAPER, RouteSearch, Variant
+from kvprism.evaluate.route_search import OURS, PAPER, PAPERS, RouteSearch, Variant
 from kvprism.profiles import Profile
 from kvprism.routes import Route
 
@@ -29,6 +29,7 @@ def main() -> None:
     for name in ("--text", "--profile", "--json"):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--task", required=True, help="kinds, with commas between them")
+    parser.add_argument("--tokens", type=int, help="the routes for this budget alone")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--calibrated", type=int, default=2048, help="calibration's context")
     parser.add_argument("--trials", type=int, default=4, help="tasks of each kind")
@@ -37,14 +38,19 @@ def main() -> None:
     subject, kinds = LoadedModel.load(given.model), given.task.split(",")
     profile = Profile.load(given.profile)
     profile.check(bytes.fromhex(subject.fingerprint))
+    routes = [
+        found
+        for found in profile.routes
+        if found.policy in (PAPERS, OURS) and given.tokens in (None, found.tokens)
+    ]
     held_out = _losses(given, CalibrationSet(
         subject, given.text, given.context, 64, 2, given.trials, kinds, SEED), "")  # fmt: skip
     made = _losses(given, CalibrationSet(
         subject, given.text, given.calibrated, 64, 2, 2, kinds[:1]), ".signals")  # fmt: skip
-    inverse = list(_inverse(made, profile.routes))
+    inverse = list(_inverse(made, routes))
     rows = [
         row
-        for found in profile.routes
+        for found in routes
         for row in _rows(held_out, found, [each for each in inverse if _same(each, found)], given)
     ]
     given.json.write_text(json.dumps(rows, indent=1) + "\n")

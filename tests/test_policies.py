@@ -50,7 +50,9 @@ COMPARED = ["int4-affine", "int4-hadamard", "int4-grouped", "int4-kivi", "fp8"]
 SPECTRUM = ["spectrum", "spectrum-layer", "spectrum-greedy", "spectrum-balanced", "spectrum-2tier"]
 REMEDIES = ["spectrum-conditioned", "spectrum-adaptive"]
 BASELINES = ["random-tiers", "random-drop", "sinks-recent", "pdtrim"]
-ROUTED = ["polykv", "polykv-best"]
+VARIANTS = [f"polykv-{by}-{m}" for by in ("perplexity", "cosine")
+            for m in ("uniform", "entropy", "perplexity")]  # fmt: skip
+ROUTED = ["polykv", "polykv-best", *VARIANTS]
 NAMES = [*PLAIN, *COMPARED, *SPECTRUM, *REMEDIES, *BASELINES, "full", *EVICTIONS, *ROUTED]
 BUDGETED = [name for name, row in POLICIES.items() if row.budgeted]
 DROPPING = ["spectrum-2tier", "random-drop", "sinks-recent", "pdtrim", *EVICTIONS, *ROUTED]

@@ -101,6 +101,16 @@ def test_routes_are_a_readable_section_and_come_back(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "p").routes == routed.routes
 
 
+def test_a_routes_decode_phase_is_stored_and_hashed_where_it_has_one(tmp_path: Path) -> None:
+    plain = replace(WHOLE, routes=(ROUTE,))
+    routed = replace(WHOLE, routes=(replace(ROUTE, decode=parse_layers("0: full, 1: h2o@640")),))
+    routed.save(tmp_path / "p")
+    assert json.loads((tmp_path / "p").read_text())["routes"][0]["decode"] == "0: full, 1: h2o@640"
+    assert Profile.load(tmp_path / "p").routes == routed.routes and routed.hash != plain.hash
+    # As files that were written before routes had one.
+    assert plain.section_hashes()["routes"].hex().startswith("22038704c4409965")
+
+
 def test_a_profile_without_routes_keeps_the_hash_that_it_always_had() -> None:
     """Those of files that were written before there were routes."""
     assert Profile(FINGERPRINT).hash.hex().startswith("f5d58b7f8f82fdb6")

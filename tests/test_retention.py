@@ -4,11 +4,12 @@ import pytest
 import torch
 from strategies import cache, same_bits, view_of
 
-from kvprism.errors import BadInput, UnknownName, Unsupported
+from kvprism.errors import BadInput, ProfileMismatch, UnknownName, Unsupported
 from kvprism.evictions import EVICTIONS
 from kvprism.merge import cam
 from kvprism.plans import LayerPlan
-from kvprism.retention import FULL_KV, Retention, decode_policies, retained
+from kvprism.retention import FULL_KV, Retention, decode_policies, phase_of, retained
+from kvprism.routes import Route, parse_layers
 from kvprism.tensors import LayerKV, LayerView
 
 TOKENS, HEADS = 60, 2
@@ -93,3 +94,23 @@ def test_a_merging_policy_merges_what_it_evicts() -> None:
     values = merged.components["v"][:, present]
     assert not same_bits(merged.components["v"][kept], view.kv.components["v"][kept])
     assert same_bits(after.components["v"][kept[:, present]], values[kept[:, present]])
+
+
+def test_a_route_is_a_decode_phase_of_its_own_or_the_prompts() -> None:
+    prompt, own = parse_layers("0: tova@60, 1: keydiff@140"), parse_layers("0: full, 1: h2o@50")
+    routes = [
+        Route("polykv", 100, prompt),
+        Route("polykv", 50, parse_layers("0-1: tova@50"), decode=own),
+    ]
+    assert phase_of(routes, "polykv", 100) == (Retention("tova", 60), Retention("keydiff", 140))
+    assert phase_of(routes, "polykv", 50) == (FULL_KV, Retention("h2o", 50))
+    with pytest.raises(ProfileMismatch, match="'polykv-best' follows a route, and there is none"):
+        phase_of(routes, "polykv-best", 100)
+    with pytest.raises(BadInput, match="at 99tok: the profile's routes are for 50tok, 100tok"):
+        phase_of(routes, "polykv", 99)
+    for line, refused in (("0-1: lavender@9", UnknownName), ("0-1: d2o@99", Unsupported),
+                          ("0-1: h2o@9", BadInput)):  # fmt: skip
+        tokens = int(line.partition("@")[2])
+        route = Route("polykv", tokens, parse_layers(line))
+        with pytest.raises(refused, match=r"decode-phase policy|does not evict"):
+            phase_of([route], "polykv", tokens)

@@ -51,6 +51,16 @@ def test_layers_sum_to_the_budget_exactly_unless_one_is_full() -> None:
         Route("polykv", 100, ())
 
 
+def test_a_decode_phase_is_under_the_same_budget_and_for_the_same_layers() -> None:
+    layers = parse_layers("0: tova@60, 1-2: snapkv@120")
+    Route("polykv", 100, layers, decode=parse_layers("0-1: h2o@110, 2: tova@80"))
+    Route("polykv", 100, layers, decode=parse_layers("0: full, 1-2: tova@80"))
+    with pytest.raises(BadInput, match=r"route 0-2: h2o@110 .* are 300 tokens, these are 330"):
+        Route("polykv", 100, layers, decode=parse_layers("0-2: h2o@110"))
+    with pytest.raises(BadInput, match="decode phase is for 2 layers, expected 3"):
+        Route("polykv", 100, layers, decode=parse_layers("0-1: h2o@100"))
+
+
 def test_a_route_serves_budgets_near_its_own() -> None:
     routes = [Route("polykv", n, parse_layers(f"0-1: tova@{n}")) for n in (128, 256)]
     assert [nearest(routes, n) for n in (128, 180, 182, 256, 360)] == [

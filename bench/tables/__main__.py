@@ -41,6 +41,18 @@ SECTIONS = {
         "deep-singles": lambda: routes.singles("tiny-deep"),
         "deep-ruler": lambda: quality.ruler("deep-routes"),
         "deep-recovery": lambda: routes.recovery("deep-routes-compare-recovery"),
+        "deep-variants": lambda: routes.recovery("deep-routes-compare-variants", subtasks=False),
+        "deep-on-test": lambda: routes.on_test("deep-routes-singles"),
+        "deep-oracle": lambda: routes.recovery("deep-routes-compare-oracle", subtasks=False),
+        "deep-controls": lambda: routes.controls(
+            *(f"deep-routes-compare-controls-{tokens}" for tokens in routes.CONTROLLED)
+        ),
+        "deep-phases": lambda: routes.phases("deep-routes-phases"),
+        "deep-aware": lambda: quality.ruler("deep-routes-aware"),
+        "deep-tiny": lambda: quality.ruler("deep-routes-tiny"),
+        "deep-zoo": lambda: quality.ruler("deep-routes-zoo"),
+        "deep-zoo-routes": lambda: routes.routes("tiny-qwen2-spiky"),
+        "deep-greedy": lambda: routes.greedy("deep-routes-compare-greedy"),
     },
     "docs/evidence.md": {
         "provenance": quality.provenance,

@@ -1,22 +1,26 @@
 """The tables of docs/polykv.md and docs/polykv-evidence.md."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from statistics import median
 
-from bench.tables.cells import RESULTS, ROOT, Row, table
+from bench.tables.cells import RESULTS, ROOT, Row, exact, rows, table
 
 PROFILES = ROOT / "bench" / "profiles"
+# Budgets at which `bench.controls` was run.
+CONTROLLED = (256,)
 
 
-def routes(model: str = "tiny") -> list[str]:
+def routes(model: str = "tiny", policies: Sequence[str] = ("polykv", "polykv-best")) -> list[str]:
     """The routes of a profile, as `kvprism calibrate` made them."""
     profile = json.loads((PROFILES / f"{model}-routes.json").read_text())
     heads = ["policy", "budget", "layers", "from"]
     lines = (
         f"| `{route['policy']}` | {route['tokens']}tok | {route['prefill']} | {route['note']} |"
         for route in profile["routes"]
+        if route["policy"] in policies
     )
     return table(heads, lines)
 
@@ -52,13 +56,13 @@ def singles(model: str) -> list[str]:
     return table(["policy", *budgets, "sum"], lines)
 
 
-def recovery(name: str) -> list[str]:
-    """What a policy wins back of what others lose, over all budgets, for each subtask."""
+def recovery(*names: str, subtasks: bool = True) -> list[str]:
+    """What a policy wins back of what others lose, over all budgets; for each subtask, or not."""
     heads = ["subtask", "n", "against", "won back, %", "95 % CI", "difference at each budget"]
 
     def lines() -> Iterator[str]:
-        for r in json.loads((RESULTS / f"{name}.json").read_text()):
-            if r["metric"] != "exact_match":
+        for r in rows(*names):
+            if r["metric"] != "exact_match" or not (subtasks or r["subtask"] == "average"):
                 continue
             against = ", ".join(f"`{part}`" for part in r["versus"].split("+"))
             share = interval = r["reason"] or ""
@@ -71,14 +75,70 @@ def recovery(name: str) -> list[str]:
     return table(heads, lines())
 
 
-def controls(name: str) -> list[str]:
+def on_test(name: str) -> list[str]:
+    """Every policy's average over subtasks at each budget, the highest sum first."""
+    found = [r for r in rows(name) if (r["metric"], r["subtask"]) == ("exact_match", "average")]
+    budgets = list(dict.fromkeys(row["budget"] for row in found if row["budget"]))
+    scores: dict[str, list[float]] = {}
+    for row in found:
+        again = len(budgets) if row["budget"] is None else 1
+        scores.setdefault(row["policy"], []).extend([100 * row["value"]] * again)
+    lines = (
+        f"| `{policy}` | {' | '.join(f'{value:.1f}' for value in scores[policy])} |"
+        for policy in sorted(scores, key=lambda policy: -sum(scores[policy]))
+    )
+    return table(["policy", *budgets], lines)
+
+
+def phases(name: str) -> list[str]:
+    """Prompt, decode phase and both, each by the routes of a policy."""
+    found = [r for r in rows(name) if r["subtask"] == "average"]
+    heads = ["of the prompt", "while generating", "n", "sent, of 16-bit", "held at the end"]
+    heads += ["exact match [change]", "KL ×10⁻³"]
+
+    def lines() -> Iterator[str]:
+        routed = dict(_by_line())
+        for row in found:
+            if row["metric"] != "exact_match":
+                continue
+            [kl] = [r["value"] for r in found if _arm(r) == _arm(row) and r["metric"] == "kl_mean"]
+            decode = "all" if row["decode"] is None else f"`{routed[row['decode']]}`"
+            held = row["resident_bytes"] / row["reference_bytes"]
+            cells = [f"`{row['policy']}`", decode, row["n"], f"{row['fraction']:.4f}"]
+            cells += [f"{held:.3f}", exact(row), f"{1e3 * kl:.3g}"]
+            yield f"| {' | '.join(map(str, cells))} |"
+
+    return table(heads, lines())
+
+
+def _arm(row: Row) -> tuple[object, ...]:
+    return row["policy"], row["budget"], row["decode"]
+
+
+def _by_line(model: str = "tiny-deep") -> Iterator[tuple[str, str]]:
+    """A decode phase as rows have it -> whose route it is."""
+    for route in json.loads((PROFILES / f"{model}-routes.json").read_text())["routes"]:
+        yield re.sub(r"@(\d+)", r"@\1tok", route["prefill"]), route["policy"]
+
+
+def greedy(name: str) -> list[str]:
+    """Right by the logits of the true answer, and as it is generated."""
+    heads = ["policy", "budget", "n", "right by the true answer's logits", "right as generated"]
+    lines = (
+        f"| `{r['policy']}` | {r['budget'] or 'fixed'} | {r['n']} | {r['forced']} "
+        f"| {r['generated']} | {r['agree']} |"
+        for r in rows(name)
+    )
+    return table([*heads, "the same verdict"], lines)
+
+
+def controls(*names: str) -> list[str]:
     """A route's loss on tasks held out, beside that of the same policies or layers elsewhere."""
     kinds = ("inverse", "policies in other layers", "layers in other places", "one policy")
     heads = ["policy", "budget", "the route", *kinds]
 
     def lines() -> Iterator[str]:
-        rows = json.loads((RESULTS / f"{name}.json").read_text())
-        for (policy, tokens), own in groupby(rows, lambda row: (row["policy"], row["tokens"])):
+        for (policy, tokens), own in groupby(rows(*names), lambda r: (r["policy"], r["tokens"])):
             losses: dict[str, list[Row]] = {}
             for row in own:
                 losses.setdefault(row["kind"], []).append(row)

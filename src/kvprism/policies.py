@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from kvprism.evictions import EVICTIONS, Eviction
@@ -23,6 +24,13 @@ from kvprism.tensors import Signal
 
 Order = Literal["importance", "random", "recency", "ends", "scores"]
 RECENT = 128
+# PolyKV's preference x sharing signals (`docs/polykv.md`): a route's name -> what it is made from.
+VARIANTS = {
+    f"polykv-{preference}-{sharing}": (preference, sharing)
+    for preference, sharing in product(
+        ("perplexity", "cosine"), ("uniform", "entropy", "perplexity")
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,10 @@ POLICIES = Registry(
         *((name, _evicting(row)) for name, row in EVICTIONS.items()),
         ("polykv", _routed("PolyKV: every layer the policy of its signals, from the profile")),
         ("polykv-best", _routed("every layer by measured marginal loss, from the profile")),
+        *(
+            (name, _routed(f"PolyKV: policies by {preference}, budgets by {sharing}"))
+            for name, (preference, sharing) in VARIANTS.items()
+        ),
     ],
 )
 

@@ -22,7 +22,7 @@ import torch
 
 from kvprism.core import CONDITIONED_CODEC, KEYS, ComponentShape, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, KVPrismError, ProfileMismatch
-from kvprism.routes import Route, parse_layers
+from kvprism.routes import Route, line_of, parse_layers
 from kvprism.tensors import KeyConditioning
 from kvprism.wire.messages import NOT_STATED
 
@@ -252,20 +252,24 @@ class _StoredConditioning(msgspec.Struct, forbid_unknown_fields=True):
         return torch.from_numpy(array).view(shape)
 
 
-class StoredRoute(msgspec.Struct, forbid_unknown_fields=True):
-    """One `Route`; prefill: its layers as a line, such as `0-3: full, 4-10: snapkv@640`."""
+class StoredRoute(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One `Route`; prefill: its layers as a line, such as `0-3: full, 4-10: snapkv@640`; decode:
+    those of its decode phase, left out, and not hashed, where it has none of its own.
+    """
 
     policy: str
     tokens: int
     prefill: str
     note: str
+    decode: str = ""
 
     @classmethod
     def of(cls, route: Route) -> "StoredRoute":
-        return cls(route.policy, route.tokens, str(route), route.note)
+        return cls(route.policy, route.tokens, str(route), route.note, line_of(route.decode))
 
     def route(self) -> Route:
-        return Route(self.policy, self.tokens, parse_layers(self.prefill), self.note)
+        decode = parse_layers(self.decode) if self.decode else ()
+        return Route(self.policy, self.tokens, parse_layers(self.prefill), self.note, decode)
 
 
 class _Version(msgspec.Struct):

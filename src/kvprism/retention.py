@@ -5,16 +5,17 @@ scorers see the same `LayerView`, with the queries of the calls instead of the p
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kvprism.core import ComponentShape, LayerShape
-from kvprism.errors import BadInput, UnknownName, Unsupported
+from kvprism.errors import BadInput, ProfileMismatch, UnknownName, Unsupported
 from kvprism.evict import LayerProblem
 from kvprism.evictions import EVICTIONS, Eviction
-from kvprism.routes import FULL, ranges_of
+from kvprism.routes import FULL, Route, ranges_of
 from kvprism.solve import DROP_INDEX
 from kvprism.tensors import DTYPE_NAMES, LayerKV, LayerView
 
@@ -67,10 +68,7 @@ class Retention:
         Raises:
             UnknownName, Unsupported, BadInput: as the class; another unit.
         """
-        match = re.fullmatch(r"\s*([0-9]+)\s*(tok)?\s*", budget or "")
-        if budget is not None and match is None:
-            raise BadInput(f"a decode-phase budget is tokens per layer, such as 256tok: {budget!r}")
-        return cls(policy, None if match is None else int(match[1]))
+        return cls(policy, None if budget is None else parse_tokens(budget))
 
     @property
     def row(self) -> Eviction | None:
@@ -81,6 +79,14 @@ class Retention:
     def needs_mass(self) -> bool:
         """Whether the policy goes on with the attention that tokens got from all queries so far."""
         return needs_mass(self.policy)
+
+
+def parse_tokens(budget: str) -> int:
+    """`256tok`, or 256; `BadInput` for what is no number of tokens per layer."""
+    match = re.fullmatch(r"\s*([0-9]+)\s*(tok)?\s*", budget)
+    if match is None:
+        raise BadInput(f"a decode-phase budget is tokens per layer, such as 256tok: {budget!r}")
+    return int(match[1])
 
 
 # One for all layers, or one for each.
@@ -96,6 +102,32 @@ def per_layer(decode: Decode, n_layers: int) -> tuple[Retention, ...]:
             f"{len(retentions)}"
         )
     return retentions
+
+
+def phase_of(routes: Sequence[Route], policy: str, tokens: int) -> tuple[Retention, ...]:
+    """The decode phase of the route for a policy and its own budget, one for each layer.
+
+    A route that names none for that phase has there what it has for the prompt.
+
+    Raises:
+        ProfileMismatch: no route for this policy.
+        BadInput: none for this budget, or fewer tokens than a layer's policy protects.
+        UnknownName, Unsupported: a layer's policy does not exist, or does not evict then.
+    """
+    own = {route.tokens: route for route in routes if route.policy == policy}
+    if not own:
+        raise ProfileMismatch(
+            f"decode-phase policy {policy!r} follows a route, and there is none for it; make a "
+            "profile with kvprism calibrate and give it"
+        )
+    if tokens not in own:
+        made = ", ".join(f"{each}tok" for each in sorted(own))
+        raise BadInput(
+            f"decode-phase policy {policy!r} at {tokens}tok: the profile's routes are for {made}, "
+            "and each is followed at its own budget"
+        )
+    layers = own[tokens].decode or own[tokens].layers
+    return tuple(Retention(layer.policy, layer.tokens) for layer in layers)
 
 
 def label_of(decode: Decode) -> str:

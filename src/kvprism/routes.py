@@ -42,11 +42,13 @@ class Route:
     """Layers' policies and shares for one policy of the table, such as `polykv`, at one budget.
 
     tokens: per layer on average; layers: in order, and unless one of them is `full`, which costs as
-    many tokens as a prompt has, they sum to exactly `tokens` a layer; note: what it was made from.
-    The layers are about the cache of a prompt; another phase would be another field.
+    many tokens as a prompt has, they sum to exactly `tokens` a layer; note: what it was made from;
+    decode: what layers keep while tokens are generated, where a decode phase follows this route,
+    under the same budget; the same as of the prompt when there is none.
 
     Raises:
-        BadInput: no layers, or layers that do not sum to the budget.
+        BadInput: no layers, layers that do not sum to the budget, or decode layers of another
+            number.
 
     Example:
         >>> str(Route("polykv", 100, parse_layers("0: tova@60, 1-2: snapkv@120")))
@@ -57,6 +59,7 @@ class Route:
     tokens: int
     layers: tuple[LayerRoute, ...]
     note: str = ""
+    decode: tuple[LayerRoute, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or self.tokens < 1:
@@ -64,16 +67,30 @@ class Route:
                 f"a route needs at least one layer and one token, got {len(self.layers)} layers of "
                 f"{self.tokens} tokens"
             )
-        counts = [layer.tokens for layer in self.layers if layer.tokens is not None]
-        given, expected = sum(counts), self.tokens * len(self.layers)
-        if given != expected and len(counts) == len(self.layers):
+        if self.decode and len(self.decode) != len(self.layers):
             raise BadInput(
-                f"route {self} of {self.policy!r}: {len(self.layers)} layers of {self.tokens} "
-                f"tokens on average are {expected} tokens, these are {given}"
+                f"route {self} of {self.policy!r}: its decode phase is for {len(self.decode)} "
+                f"layers, expected {len(self.layers)}"
+            )
+        for phase in (self.layers, self.decode):
+            self._check_sum(phase)
+
+    def _check_sum(self, layers: Sequence[LayerRoute]) -> None:
+        counts = [layer.tokens for layer in layers if layer.tokens is not None]
+        given, expected = sum(counts), self.tokens * len(layers)
+        if given != expected and len(counts) == len(layers):
+            raise BadInput(
+                f"route {line_of(layers)} of {self.policy!r}: {len(layers)} layers of "
+                f"{self.tokens} tokens on average are {expected} tokens, these are {given}"
             )
 
     def __str__(self) -> str:
-        return ranges_of([str(layer) for layer in self.layers])
+        return line_of(self.layers)
+
+
+def line_of(layers: Sequence[LayerRoute]) -> str:
+    """Layers as people read them: `0-1: full, 2: snapkv@640`."""
+    return ranges_of([str(layer) for layer in layers])
 
 
 def ranges_of(settings: Sequence[str]) -> str:

@@ -59,6 +59,20 @@ def test_the_same_command_measures_nothing_again(out: Path, run: Run, text: Path
     assert records.read_bytes() == kept and Profile.load(out).hash == hashed
 
 
+def test_a_variant_joins_the_routes_that_there_are(
+    out: Path, run: Run, text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    path.write_bytes(out.read_bytes())
+    result = run("calibrate", "tiny", "--text", text, "--out", path, "--budget", "64tok", *SMALL,
+                 "--records", out.with_name(out.name + ".records.jsonl"),
+                 "--route", "polykv-cosine-uniform")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    before, after = Profile.load(out), Profile.load(path)
+    [added] = [route for route in after.routes if route not in before.routes]
+    assert added.policy == "polykv-cosine-uniform" and set(before.routes) < set(after.routes)
+
+
 def test_an_evaluation_follows_the_route(out: Path, run: Run, text: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     result = run("eval", "perplexity", "--text", text, "--context", 128, "--continuation", 8,
@@ -111,6 +125,7 @@ def test_an_evaluation_without_a_route_is_refused_early(
         (("--sharing", "norm"), "unknown sharing 'norm'"),
         (("--task", "sorting"), "unknown task kind 'sorting'"),
         (("--policy", "spectrum"), "unknown eviction policy 'spectrum'"),
+        (("--route", "snapkv"), "unknown routed policy 'snapkv'"),
         (("--records", "RECORDS"), "not a file of calibration records"),
     ],
 )

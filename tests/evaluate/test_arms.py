@@ -104,7 +104,8 @@ def saved(captured: Any, tmp_path_factory: pytest.TempPathFactory) -> SavedProfi
     probe = ProbeRecord("no", "yes", ("conditioned",) * len(conditioning), "a test says so")
     path = tmp_path_factory.mktemp("profile") / "tiny.json"
     layers = parse_layers("0: h2o@80, 1-3: expected-attention@144")
-    routes = tuple(Route(policy, 128, layers) for policy in ("polykv", "polykv-best"))
+    routed = [policy for policy in POLICIES if POLICIES[policy].routed]
+    routes = tuple(Route(policy, 128, layers) for policy in routed)
     Profile("ab" * 32, None, conditioning, probe, routes).save(path)
     return SavedProfile.named(path)
 

@@ -10,17 +10,20 @@ from evaluate.synthetic import Synthetic
 from kvprism.commands.evaluate import decode_phases, parse_arms
 from kvprism.commands.options import EvaluationOptions
 from kvprism.core import MASS
-from kvprism.errors import BadInput, UnknownName, Unsupported
+from kvprism.errors import BadInput, ProfileMismatch, UnknownName, Unsupported
 from kvprism.evaluate.arms import Arm, arms_of, through_the_wire
 from kvprism.evaluate.haystack import generated_ids
 from kvprism.evaluate.measure import Case, LoadedModel, continue_on, feed, measure
 from kvprism.evaluate.records import collect, key_of, load_records
 from kvprism.evaluate.summary import compare, rows_of
 from kvprism.integrations.hf import capture
+from kvprism.profiles import Profile
 from kvprism.retention import FULL_KV, Retention
+from kvprism.routes import Route, parse_layers
 
 CONTEXT, FED = 120, 24
 H2O = Retention("h2o", 48)
+DECODE, LABEL = "0: full, 1-3: h2o@48", "0: full, 1-3: h2o@48tok"
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,23 @@ def test_the_command_line_names_decode_phases() -> None:
         decode_phases("h20", "48tok")
     with pytest.raises(Unsupported, match="'d2o' does not evict while tokens are generated"):
         decode_phases("d2o", "48tok")
+
+
+def test_the_command_line_takes_a_profiles_route_as_a_decode_phase(tmp_path: Path) -> None:
+    routes = (Route("polykv", 48, parse_layers("0-3: tova@48"), decode=parse_layers(DECODE)),)
+    Profile("ab" * 32, routes=routes).save(tmp_path / "p.json")
+    given = {"policy": "raw,polykv", "budget": "48tok", "profile": tmp_path / "p.json",
+             "decode_policy": "full,polykv", "decode_budget": "48tok"}  # fmt: skip
+    arms = parse_arms(EvaluationOptions(**given))  # type: ignore[arg-type]
+    assert [(arm.policy, key_of(arm).decode) for arm in arms] == [
+        ("raw", None), ("raw", LABEL), ("polykv", None), ("polykv", LABEL)
+    ]  # fmt: skip
+    with pytest.raises(BadInput, match="at 64tok: the profile's routes are for 48tok"):
+        parse_arms(EvaluationOptions(**{**given, "decode_budget": "64tok"}))  # type: ignore[arg-type]
+    with pytest.raises(ProfileMismatch, match="'polykv' follows a route, and there is none"):
+        decode_phases("polykv", "48tok")
+    with pytest.raises(BadInput, match="'polykv' needs a budget such as 256tok, got none"):
+        decode_phases("polykv", None)
 
 
 def test_steps_with_everything_kept_are_the_continuation(subject: LoadedModel, case: Case) -> None:

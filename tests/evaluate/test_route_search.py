@@ -66,6 +66,18 @@ def test_the_papers_route_is_algorithm_1(
     assert [layer.policy for layer in inverse.layers] == other and "inverse" in inverse.note
 
 
+def test_variants_are_wanted_by_name_and_ours_alone_needs_curves(
+    subject: LoadedModel, text_file: Path
+) -> None:
+    search = search_of(subject, text_file, wanted=("polykv-cosine-perplexity", "polykv"))
+    routes, reports = search.routes()
+    assert [route.policy for route in routes] == ["polykv-cosine-perplexity", "polykv"]
+    assert routes[0].layers == search.polykv(TOKENS, Variant("cosine", "perplexity")).layers
+    assert routes[0].note == "Algorithm 1, preference cosine, budgets perplexity"
+    assert routes[1].layers == search.polykv(TOKENS, Variant()).layers
+    assert not reports and not search.losses.ledger.of(Document("needle", 0))
+
+
 def test_cosines_and_the_other_budgets_are_algorithm_1(
     search: RouteSearch, found: tuple[list[Route], list[BudgetReport]]
 ) -> None:
@@ -143,6 +155,8 @@ def test_settings_that_cannot_be_are_refused(subject: LoadedModel, text_file: Pa
         search_of(subject, text_file, tokens=(160,))
     with pytest.raises(UnknownName, match="unknown eviction policy 'full'"):
         search_of(subject, text_file, paper=("full",))
+    with pytest.raises(UnknownName, match="unknown routed policy 'snapkv'; known: polykv, "):
+        search_of(subject, text_file, wanted=("snapkv",))
     with pytest.raises(BadInput, match="at least one candidate"):
         search_of(subject, text_file, policies=())
 

@@ -13,7 +13,14 @@ from kvprism.commands.options import names
 from kvprism.errors import BadInput, UnknownName
 from kvprism.evaluate.layers import CalibrationSet, LayerLosses, Ledger
 from kvprism.evaluate.measure import LoadedModel
-from kvprism.evaluate.route_search import BudgetReport, Preference, RouteSearch, Sharing, Variant
+from kvprism.evaluate.route_search import (
+    BudgetReport,
+    Preference,
+    RouteSearch,
+    Sharing,
+    Variant,
+    check_routed,
+)
 from kvprism.evaluate.tasks import KINDS
 from kvprism.evaluate.texts import read_text
 from kvprism.evictions import EVICTIONS
@@ -28,7 +35,7 @@ class Settings:
     """What `kvprism calibrate` was asked for, as the command line has it.
 
     Raises:
-        UnknownName: a signal, a kind of task or a policy that there is not.
+        UnknownName: a signal, a kind of task or a policy that there is not, or one without routes.
         BadInput: budgets that are not in tokens.
     """
 
@@ -45,10 +52,13 @@ class Settings:
     sweeps: int
     continuation: int
     seed: int
+    routes: str
 
     def __post_init__(self) -> None:
         # Errors come before the model is loaded.
         assert self.tokens and self.variant
+        for name in self.wanted:
+            check_routed(name)
         for name in self.kinds:
             KINDS[name]
         for name in (*names(self.paper), *names(self.policies), *self.whole):
@@ -62,6 +72,11 @@ class Settings:
     def whole(self) -> list[str]:
         """The whole policies of which the best is named."""
         return list(EVICTIONS) if self.singles is None else names(self.singles)
+
+    @property
+    def wanted(self) -> list[str]:
+        """The policies whose routes are made."""
+        return names(self.routes)
 
     @property
     def tokens(self) -> list[int]:
@@ -147,6 +162,7 @@ def search_of(calibration: CalibrationSet, ledger: Ledger, settings: Settings) -
         settings.whole,
         sweeps=settings.sweeps,
         stage=console.progress,
+        wanted=settings.wanted,
     )
 
 

@@ -10,6 +10,14 @@ from kvprism.commands.options import Json, Seed
 
 EXAMPLE = "kvprism calibrate tiny --text book.txt --out tiny.profile.json --budget 256tok"
 PAPER = "streaming-llm,h2o,tova,snapkv,cake,scissorhands"
+Routes = Annotated[
+    str,
+    typer.Option(
+        "--route",
+        help="Whose routes: polykv, polykv-best, or polykv by other signals, such as "
+        "polykv-cosine-entropy. Those of others stay as the profile has them.",
+    ),
+]
 
 
 def calibrate(
@@ -47,6 +55,7 @@ def calibrate(
     sharing: Annotated[
         str, typer.Option("--sharing", help="polykv's budgets: uniform, entropy or perplexity.")
     ] = "uniform",
+    route: Routes = "polykv,polykv-best",
     sweeps: Annotated[
         int, typer.Option("--sweeps", min=0, help="Passes of coordinate descent for polykv-best.")
     ] = 2,
@@ -81,6 +90,7 @@ def calibrate(
             sharing=sharing,
             sweeps=sweeps,
             seed=seed,
+            routes=route,
         )
         result = run_calibrate(model, text, out, records, settings)
         show_calibrated(result)

@@ -25,7 +25,8 @@ from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
 from kvprism.integrations.hf import load_config, shape_of
 from kvprism.planning import PlanOptions, code_of
-from kvprism.retention import Retention
+from kvprism.policies import POLICIES
+from kvprism.retention import Decode, Retention, parse_tokens, phase_of
 from kvprism.routes import FULL
 
 
@@ -71,20 +72,32 @@ def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
         UnknownName: no such policy, importance or codec.
         BadInput: a budgeted policy and no budget, or a file that is no profile.
         Unsupported: a policy that does not evict while tokens are generated.
-        ProfileMismatch: a profile that was edited, or of another version.
+        ProfileMismatch: a profile that was edited, of another version, or without a route that a
+            decode phase follows.
     """
     options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
     saved = None if given.profile is None else SavedProfile.named(given.profile)
-    decode = decode_phases(given.decode_policy, given.decode_budget)
+    decode = decode_phases(given.decode_policy, given.decode_budget, saved)
     return arms_of(names(given.policy), names(given.budget), options, saved, decode)
 
 
-def decode_phases(policies: str | None, budget: str | None) -> list[Retention]:
-    """`full,h2o` at `256tok`, which is not for `full`; errors as `parse_arms`."""
+def decode_phases(
+    policies: str | None, budget: str | None, saved: SavedProfile | None = None
+) -> list[Decode]:
+    """`full,h2o,polykv` at `256tok`, which is not for `full`; errors as `parse_arms`."""
     names = [name.strip() for name in (policies or FULL).split(",")]
     if budget is not None and set(names) == {FULL}:
         raise BadInput(f"--decode-budget {budget} without a --decode-policy that evicts, like h2o")
-    return [Retention.parse(name, None if name == FULL else budget) for name in names]
+    return [_decode_phase(name, None if name == FULL else budget, saved) for name in names]
+
+
+def _decode_phase(name: str, budget: str | None, saved: SavedProfile | None) -> Decode:
+    if name not in POLICIES or not POLICIES[name].routed:
+        return Retention.parse(name, budget)
+    if budget is None:
+        raise BadInput(f"decode-phase policy {name!r} needs a budget such as 256tok, got none")
+    routes = () if saved is None else saved.profile.routes
+    return phase_of(routes, name, parse_tokens(budget))
 
 
 def run_perplexity(model: str, text: Path, **settings: Any) -> Perplexity:

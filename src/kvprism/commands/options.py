@@ -88,7 +88,8 @@ DecodePolicy = Annotated[
     str | None,
     typer.Option(
         "--decode-policy",
-        help="Evict while tokens are generated too: full,h2o has every arm without and with it.",
+        help="Evict while tokens are generated too: full,h2o has every arm without and with it; "
+        "polykv and its like follow the profile's route for the decode budget.",
     ),
 ]
 Chunk = Annotated[

@@ -14,7 +14,7 @@ from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
 from kvprism.profiles import Profile
-from kvprism.retention import FULL_KV, Decode, Retention, per_layer
+from kvprism.retention import FULL_KV, Decode, per_layer
 from kvprism.state import with_mass
 from kvprism.tensors import LayerView, RequestKV
 
@@ -97,7 +97,7 @@ def arms_of(
     budgets: Iterable[str | float],
     options: PlanOptions = DEFAULT_OPTIONS,
     saved: SavedProfile | None = None,
-    decode: Sequence[Retention] = (FULL_KV,),
+    decode: Sequence[Decode] = (FULL_KV,),
 ) -> tuple[Arm, ...]:
     """`raw` first, the baseline; fixed-rate policies once, the others at every budget.
 

@@ -6,7 +6,7 @@ worst cases bounds the worst case of the layers' sum.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ from kvprism.allocate import (
     preferred,
     route,
 )
-from kvprism.errors import BadInput
+from kvprism.errors import BadInput, UnknownName
 from kvprism.evaluate.layers import (
     TEXT,
     Document,
@@ -36,6 +36,7 @@ from kvprism.evaluate.layers import (
 )
 from kvprism.evictions import EVICTIONS
 from kvprism.layer_signals import perplexity_sensitivity, worst_case
+from kvprism.policies import VARIANTS
 from kvprism.routes import LayerRoute, Route
 
 Preference = Literal["perplexity", "cosine"]
@@ -45,6 +46,8 @@ Sharing = Literal["uniform", "entropy", "perplexity"]
 PAPER = ("streaming-llm", "h2o", "tova", "snapkv", "cake", "scissorhands")
 # Ours: besides, what others found strong where the question is not known.
 CANDIDATES = (*PAPER, "keydiff", "expected-attention", "ada-kv", "lava", "defensivekv")
+# Those that `RouteSearch.routes` makes unless it is asked for others.
+PAPERS, OURS = "polykv", "polykv-best"
 # A curve is measured at these multiples of every budget.
 STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 PASSES, FINALISTS = 2, 3
@@ -88,10 +91,11 @@ class RouteSearch:
     """Measures what it needs and makes the routes `polykv` and `polykv-best` at every budget.
 
     paper: candidates of Algorithm 1; policies: of the allocator; singles: whole policies, of which
-    the best is named; sweeps: passes of coordinate descent over the layers.
+    the best is named; sweeps: passes of coordinate descent over the layers; wanted: whose routes,
+    `polykv` (by `variant`), `polykv-best`, or a name of `policies.VARIANTS`.
 
     Raises:
-        UnknownName: no such eviction policy.
+        UnknownName: no such eviction policy, or no policy of that name has routes.
         BadInput: a budget below what every layer must have, or not below the context; no candidate.
     """
 
@@ -103,8 +107,11 @@ class RouteSearch:
     singles: Sequence[str] = tuple(EVICTIONS)
     sweeps: int = PASSES
     stage: Stage = silently
+    wanted: Sequence[str] = (PAPERS, OURS)
 
     def __post_init__(self) -> None:
+        for name in self.wanted:
+            check_routed(name)
         rows = [EVICTIONS[policy] for policy in (*self.paper, *self.policies, *self.singles)]
         if not self.paper or not self.policies or not self.singles:
             raise BadInput("calibration needs at least one candidate policy for each of its routes")
@@ -163,14 +170,23 @@ class RouteSearch:
         ]
 
     def routes(self) -> tuple[list[Route], list[BudgetReport]]:
-        """The routes of both policies at every budget, and what they were chosen from."""
-        self.measure()
+        """Those wanted at every budget, and what `polykv-best` was chosen from."""
+        if OURS in self.wanted:
+            self.measure()
+        else:
+            self.measure_signals()
         found, reports = [], []
         for tokens in self.tokens:
-            best, report = self.best(tokens)
-            found += [self.polykv(tokens, self.variant), best]
-            reports.append(report)
+            found += [self._papers(name, tokens) for name in self.wanted if name != OURS]
+            if OURS in self.wanted:
+                best, report = self.best(tokens)
+                found.append(best)
+                reports.append(report)
         return found, reports
+
+    def _papers(self, name: str, tokens: int) -> Route:
+        variant = self.variant if name == PAPERS else Variant(*VARIANTS[name])  # type: ignore[arg-type]
+        return replace(self.polykv(tokens, variant), policy=name)
 
     # PolyKV, Algorithm 1
 
@@ -353,6 +369,13 @@ class RouteSearch:
     ) -> None:
         with self.stage(label) as advance:
             self.losses.measure(documents, treatments, advance)
+
+
+def check_routed(name: str) -> None:
+    """`UnknownName` for what is no policy that follows routes."""
+    known = [PAPERS, OURS, *VARIANTS]
+    if name not in known:
+        raise UnknownName("routed policy", name, known)
 
 
 def _layers(arrangement: Arrangement) -> tuple[LayerRoute, ...]:
