@@ -17,7 +17,9 @@ SECTIONS = {
     },
     "docs/speed.md": {
         "ttft-machine": lambda: speed.measured_on("ttft"),
-        "ttft": speed.ttft,
+        "ttft": lambda: speed.ttft("ttft"),
+        "links-machine": lambda: speed.measured_on("ttft-links"),
+        "links": speed.links,
         "break-even": speed.break_even,
         "modelled": speed.modelled,
         "transport": speed.transport,

@@ -24,12 +24,11 @@ def speed(bits_per_s: float) -> str:
 
 
 def arm_of(row: Row) -> tuple[int, str, str, str]:
-    return row["context"], row["policy"], str(row["budget"]), str(row.get("chunk"))
+    return row["context"], row["policy"], str(row["budget"]), str(row["chunk"])
 
 
 def arm_cells(row: Row) -> list[str]:
-    chunk = row.get("chunk")
-    how = "" if chunk is None else f", chunks of {chunk}"
+    how = "" if row["chunk"] is None else f", chunks of {row['chunk']}"
     name = f"`{row['policy']}`" + how + (", overlap" if row["overlap"] else "")
     return [name, "fixed" if row["budget"] is None else row["budget"]]
 
@@ -51,7 +50,7 @@ def measured_on(name: str) -> list[str]:
     return lines
 
 
-def ttft() -> list[str]:
+def ttft(name: str) -> list[str]:
     """Milliseconds of every phase, a table for each context and link."""
     times = ("prefill", "plan", "encode", "exposed", "decode", "ttft_p50", "ttft_p95", "ttft_iqr")
     heads = ["policy", "budget", "of 16-bit", "prefill", "plan", "encode", "exposed", "decode"]
@@ -66,10 +65,31 @@ def ttft() -> list[str]:
 
     lines: list[str] = []
     for (context, link), own in groupby(
-        result("ttft")["rows"], lambda row: (row["context"], row["link_bits_per_s"])
+        result(name)["rows"], lambda row: (row["context"], row["link_bits_per_s"])
     ):
         lines += ["", f"{context} tokens, {speed(link)}, ms:", "", *table(heads, map(line, own))]
     return lines[1:]
+
+
+def links() -> list[str]:
+    """p50, what it gains over raw, and how far it is above its bound; a column a link."""
+    found = sorted(result("ttft-links")["rows"], key=lambda row: row["context"])
+    speeds = sorted({row["link_bits_per_s"] for row in found})
+
+    def cell(row: Row) -> str:
+        gain, over = 100 * row["gain"], 100 * row["over_bound"]
+        return f"{1e3 * row['ttft_p50_s']:.0f} ({gain:+.0f}, {over:+.0f})"
+
+    def lines() -> Iterator[str]:
+        arms: dict[tuple[int, str, str, str], dict[int, Row]] = {}
+        for row in found:
+            arms.setdefault(arm_of(row), {})[row["link_bits_per_s"]] = row
+        for own in arms.values():
+            first = next(iter(own.values()))
+            cells = [str(first["context"]), *arm_cells(first), *(cell(own[s]) for s in speeds)]
+            yield f"| {' | '.join(cells)} |"
+
+    return table(["tokens", "policy", "budget", *map(speed, speeds)], lines())
 
 
 def break_even() -> list[str]:
@@ -78,7 +98,8 @@ def break_even() -> list[str]:
     heads += ["planning / prefill", "slower than raw at"]
 
     def lines() -> Iterator[str]:
-        found = [row for row in result("ttft")["rows"] if row["break_even_bits_per_s"] is not None]
+        rows = result("ttft-links")["rows"]
+        found = [row for row in rows if row["break_even_bits_per_s"] is not None]
         for _, own in groupby(sorted(found, key=arm_of), arm_of):
             *_, last = same = list(own)
             slower = [speed(row["link_bits_per_s"]) for row in same if row["gain"] < 0]
@@ -129,8 +150,6 @@ def planning() -> list[str]:
 
 def transport() -> list[str]:
     """Milliseconds of a raw request between two processes of one machine."""
-    if not (SPEED / "transport.json").exists():
-        return ["Not measured yet: `kvprism bench transport --json bench/speed/transport.json`."]
     heads = ["transport", "bytes sent", "ms", "quartiles", "encode", "decode", "GB/s"]
     heads += ["times as fast as TCP", "a plain copy, ms"]
 

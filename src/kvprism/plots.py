@@ -42,7 +42,8 @@ def write_ttft_plot(rows: Sequence[Row], path: Path) -> None:
         for axes in line[len(links) :]:
             axes.set_visible(False)
     places[0, 0].invert_yaxis()  # shared: from top to bottom, as the table is
-    figure.legend(*places[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    names = places[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=min(5, 2 * n_links))
     try:
         figure.savefig(path, format="png")
     except OSError as error:
