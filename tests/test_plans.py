@@ -1,5 +1,6 @@
 """Plans and their exact cost, before any data exists."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvprism.plans import (
     manifests_of,
     n_manifests,
     offer_of,
+    sent_after,
     stream_nbytes,
 )
 from kvprism.wire.frames import frame_nbytes
@@ -87,6 +89,13 @@ def test_counting_tokens_is_enough_for_the_exact_size(data: st.DataObject) -> No
     laid_out = LayerPlan(layer, {c.name: np.broadcast_to(row, (c.heads, n)) for c in components})
     expected = layer_nbytes(laid_out, MENU, split, sequence)
     assert layer_nbytes(LayerCounts(layer, counts), MENU, split, sequence) == expected
+    # Layers that share their counts are sized once, whatever their numbers and manifests' take.
+    shapes = [replace(layer, layer_id=number) for number in (0, 127, 128, 300)]
+    counted = [LayerCounts(shape, counts) for shape in shapes]
+    planned = [LayerPlan(shape, laid_out.tier_of) for shape in shapes]
+    assert sent_after(counted, MENU, split, 7, sequence) == sent_after(
+        planned, MENU, split, 7, sequence
+    )
 
 
 @given(st.data())

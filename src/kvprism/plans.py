@@ -1,8 +1,8 @@
 """Plans: the tier of every (layer, component, head, token), and their exact cost. numpy only."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -142,7 +142,7 @@ class LayerCounts:
     """
 
     shape: LayerShape
-    counts: Callable[[tuple[int, int]], tuple[int, ...]]
+    counts: "RangeCounts"
 
     def contents(
         self,
@@ -157,6 +157,9 @@ class LayerCounts:
             (counts,), heads[1] - heads[0], tuple(menu), channels, self.shape.itemsize, name
         )
         return counted_tier_map(counts), sizes
+
+
+RangeCounts = Callable[[tuple[int, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,10 +347,48 @@ def sent_after(
     sequence: int = 0,
 ) -> tuple[int, int]:
     """Bytes and manifests of a stream after these layers; nbytes, sequence: those before them."""
+    alike: dict[tuple[LayerShape, RangeCounts], _Alike] = {}
     for layer in layers:
-        more, n = layer_nbytes(layer, menu, split, sequence)
+        if isinstance(layer, LayerPlan):
+            more, n = layer_nbytes(layer, menu, split, sequence)
+        else:
+            first = LayerCounts(replace(layer.shape, layer_id=0), layer.counts)
+            key = first.shape, first.counts
+            if key not in alike:
+                alike[key] = _Alike.of(first, menu, split)
+            more, n = alike[key].nbytes_of(layer.shape.layer_id, sequence), alike[key].manifests
         nbytes, sequence = nbytes + more, sequence + n
     return nbytes, sequence
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Sizes of layers that differ in their number alone: in how long it is, and the manifests'."""
+
+    nbytes: int  # with all of these numbers left out
+    manifests: int
+    blocks: int
+
+    @classmethod
+    def of(cls, layer: LayerCounts, menu: Sequence[Tier], split: Split) -> "_Alike":
+        manifests = list(manifests_of(layer, menu, split))
+        blocks = sum(len(manifest.blocks) for manifest in manifests)
+        numbers = _numbers_nbytes(range(len(manifests)))
+        numbers += blocks * _number_nbytes(layer.shape.layer_id)
+        return cls(sum(map(manifest_nbytes, manifests)) - numbers, len(manifests), blocks)
+
+    def nbytes_of(self, layer_id: int, sequence: int) -> int:
+        numbers = _numbers_nbytes(range(sequence, sequence + self.manifests))
+        return self.nbytes + numbers + self.blocks * _number_nbytes(layer_id)
+
+
+def _numbers_nbytes(numbers: range) -> int:
+    return sum(map(_number_nbytes, numbers))
+
+
+@cache
+def _number_nbytes(number: int) -> int:
+    return len(msgspec.msgpack.encode(number))
 
 
 def stream_nbytes(

@@ -23,6 +23,7 @@ from kvprism.plans import (
     LayerCounts,
     LayerPlan,
     Plan,
+    RangeCounts,
     end_of,
     layer_nbytes,
     n_manifests,
@@ -135,19 +136,19 @@ class TokenProblem:
         return tiers
 
     def counted(
-        self, shape: LayerShape, counts: TierCounts, in_range: Callable[[int], tuple[int, ...]]
+        self, shape: LayerShape, counts: TierCounts, counter: Callable[[int, int], RangeCounts]
     ) -> LayerPlan | LayerCounts:
         """A layer with so many tokens of `order` in each tier, for its size alone.
 
-        in_range: `counter(counts)`, which all layers of one size share.
+        counter: `counter(counts)`; layers of one size then share what it gives, and are sized once.
         """
         if shape.layer_id in self.pinned:
             return self.layer(shape, self._assigned(counts))
-        start, step = shape.token_range[0], self.split.tokens or shape.n_tokens
-        return LayerCounts(shape, lambda tokens: in_range((tokens[0] - start) // step))
+        step = self.split.tokens or shape.n_tokens
+        return LayerCounts(shape, counter(shape.token_range[0], step))
 
-    def counter(self, counts: TierCounts) -> Callable[[int], tuple[int, ...]]:
-        """How many tokens each tier takes in a token range, by its number in the split."""
+    def counter(self, counts: TierCounts) -> Callable[[int, int], RangeCounts]:
+        """(first token, tokens of a range) -> how many tokens each tier takes in a token range."""
         bounds = [0, *accumulate(counts), len(self.order)]
         more = (0,) * (len(self.menu) - DROP_INDEX - 1)
 
@@ -158,7 +159,7 @@ class TokenProblem:
             first, *others = (high - low for low, high in pairwise(at))
             return (first + native, *others, *more)
 
-        return in_range
+        return cache(lambda start, step: lambda tokens: in_range((tokens[0] - start) // step))
 
     @cached_property
     def _ranges(self) -> list[tuple[Sequence[int], int]]:
