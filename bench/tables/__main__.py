@@ -14,6 +14,7 @@ SECTIONS = {
     "kvprism-tiny/README.md": {
         "gates": lambda: models.gates("tiny"),
         "gates-deep": lambda: models.gates("tiny-deep"),
+        "gates-llama31": lambda: models.gates("tiny-llama31"),
     },
     "docs/speed.md": {
         "ttft-machine": lambda: speed.measured_on("ttft"),

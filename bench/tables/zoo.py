@@ -21,6 +21,7 @@ ZOO = ROOT / "bench" / "zoo"
 # As in docs/zoo.md; a seed of `mixed` follows its name.
 ORDER = (
     "tiny",
+    "tiny-llama31",
     "tiny-mistral",
     "tiny-qwen2",
     "tiny-qwen2-fragile",
