@@ -10,7 +10,7 @@ from bench.tables.cells import RESULTS, ROOT, Row, exact, rows, table
 
 PROFILES = ROOT / "bench" / "profiles"
 # Budgets at which `bench.controls` was run.
-CONTROLLED = (256,)
+CONTROLLED = (128, 256, 512)
 
 
 def routes(model: str = "tiny", policies: Sequence[str] = ("polykv", "polykv-best")) -> list[str]:
