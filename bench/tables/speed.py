@@ -170,24 +170,25 @@ def transport() -> list[str]:
 def codec() -> list[str]:
     """What `kvprism bench codec` found, a line a case."""
     found = result("codec")
+    # Rows of before there were several codes name none.
+    rows = [{"code": "nested", **row} for row in found["rows"]]
 
     def same(row: Row, **other: object) -> float | None:
         names = ("code", "raw_bytes", "direction", "bits", "dtype", "backend", "threads")
-        wanted = {name: row[name] for name in names if name in row} | other
-        matching = [r for r in found["rows"] if wanted.items() <= r.items()]
+        wanted = {name: row[name] for name in names} | other
+        matching = [r for r in rows if wanted.items() <= r.items()]
         return matching[0]["seconds_p50"] if matching else None
 
     def gate(row: Row) -> str:
-        # Rows of before there were several codes name none.
-        case = row.get("code", "nested"), row["backend"], row["threads"]
+        case = row["code"], row["backend"], row["threads"]
         if case != ("nested", "cpu", 1) or row["raw_bytes"] < GATED_NBYTES:
             return ""
         least = CODEC_GATES[row["direction"], row["bits"]]
         return f"≥ {least}, {'held' if row['ratio_to_memcpy'] >= least else 'not held'}"
 
     def name(row: Row) -> str:
-        code = row.get("code", "nested")
-        return f"INT{row['bits']}" if code == "nested" else f"`{code}` {row['bits']} bits"
+        nested = row["code"] == "nested"
+        return f"INT{row['bits']}" if nested else f"`{row['code']}` {row['bits']} bits"
 
     def times(slower: float | None, row: Row) -> str:
         return "" if slower is None else f"{slower / row['seconds_p50']:.1f}"
@@ -200,9 +201,9 @@ def codec() -> list[str]:
         f"| {row['ratio_to_memcpy']:.2f} [{', '.join(f'{q:.2f}' for q in row['ratio_quartiles'])}] "
         f"| {gate(row)} | {row['roofline_share']:.2f} "
         f"| {times(same(row, backend='reference'), row)} | {times(same(row, threads=1), row)} |"
-        for row in found["rows"]
+        for row in rows
     )
-    row = found["rows"][0]
+    row = rows[0]
     made_by = (
         f"{row['dtype']}, rows of {row['channels']}; commit `{found['commit'][:12]}` on "
         f"{found['date']}: {versions(found)}; {found['processor']}, {found['processors']} "

@@ -359,3 +359,8 @@ class Capability:
     def allows(self, tier: Tier) -> bool:
         """Whether rows of this tier can be held."""
         return tier.codec in self.codecs and not (tier.codec == DROP_CODEC and self.drop == "none")
+
+
+# What a restored cache can hold: heads with tokens of their own, padded in memory, so that eviction
+# policies choose as their papers do.
+HOLDS = Capability(drop="per_head")

@@ -133,6 +133,9 @@ class LayerPlan:
             )
 
 
+RangeCounts = Callable[[tuple[int, int]], tuple[int, ...]]  # of a token range, for each tier
+
+
 @dataclass(frozen=True)
 class LayerCounts:
     """How many tokens of a layer take each tier, the same ones in every component and head.
@@ -142,7 +145,7 @@ class LayerCounts:
     """
 
     shape: LayerShape
-    counts: "RangeCounts"
+    counts: RangeCounts
 
     def contents(
         self,
@@ -157,9 +160,6 @@ class LayerCounts:
             (counts,), heads[1] - heads[0], tuple(menu), channels, self.shape.itemsize, name
         )
         return counted_tier_map(counts), sizes
-
-
-RangeCounts = Callable[[tuple[int, int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,10 +352,9 @@ def sent_after(
         if isinstance(layer, LayerPlan):
             more, n = layer_nbytes(layer, menu, split, sequence)
         else:
-            first = LayerCounts(replace(layer.shape, layer_id=0), layer.counts)
-            key = first.shape, first.counts
+            key = replace(layer.shape, layer_id=0), layer.counts
             if key not in alike:
-                alike[key] = _Alike.of(first, menu, split)
+                alike[key] = _Alike.of(LayerCounts(*key), menu, split)
             more, n = alike[key].nbytes_of(layer.shape.layer_id, sequence), alike[key].manifests
         nbytes, sequence = nbytes + more, sequence + n
     return nbytes, sequence

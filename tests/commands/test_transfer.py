@@ -119,20 +119,8 @@ def test_run_conditions_keys_by_the_profile(
 ) -> None:
     saved, json = tmp_path / "stream.kvp", tmp_path / "run.json"
     arguments = ["--profile", profiles[0], "--policy", policy, "--budget", "35%"]
-    result = run(
-        "run",
-        "--file",
-        prompt,
-        *arguments,
-        "--new-tokens",
-        2,
-        "--save",
-        saved,
-        "--json",
-        json,
-        "--transport",
-        "shm",
-    )
+    arguments += ["--new-tokens", 2, "--transport", "shm", "--save", saved, "--json", json]
+    result = run("run", "--file", prompt, *arguments)
     assert result.exit_code == 0, result.output
     assert read_json(json)["wire_bytes"] == saved.stat().st_size
     kvprism.decode(saved.read_bytes(), profile=kvprism.Profile.load(profiles[0]))

@@ -14,6 +14,8 @@ from kvprism.errors import AddressInUse, BadInput, PeerLost, PeerSilent
 from kvprism.transport.addresses import dial, listen
 from kvprism.transport.connection import Connection, Listener
 
+from .reading import read
+
 SILENCE_S = 0.3
 PEER = """
 import sys, time
@@ -39,14 +41,6 @@ def connected(host: str) -> Connect:
             return dial(*listener.address, silence_s=silence_s), listener.accept(1.0)
 
     return connect
-
-
-def read(connection: Connection, nbytes: int) -> bytes:
-    buffer = memoryview(bytearray(nbytes))
-    filled = 0
-    while filled < nbytes:
-        filled += connection.recv_into(buffer[filled:])
-    return bytes(buffer)
 
 
 def pattern(nbytes: int) -> bytes:

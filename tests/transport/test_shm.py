@@ -19,6 +19,8 @@ from kvprism.errors import PeerSilent, ProtocolViolation, TransportError, Trunca
 from kvprism.transport import addresses, shm
 from kvprism.transport.shm import Connection, dial, listen
 
+from .reading import read
+
 MIB = 2**20
 SILENCE_S = 0.3
 
@@ -40,14 +42,6 @@ def stranger() -> Iterator[tuple[Connection, socket.socket]]:
         sock.connect(listener._socket.getsockname())
         with sock, listener.accept(1.0) as connection:
             yield connection, sock
-
-
-def read(connection: Connection, nbytes: int) -> bytes:
-    buffer = memoryview(bytearray(nbytes))
-    filled = 0
-    while filled < nbytes:
-        filled += connection.recv_into(buffer[filled:])
-    return bytes(buffer)
 
 
 def filled(connection: Connection, nbytes: int, byte: int) -> memoryview:

@@ -210,10 +210,15 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def quartiles(values: list[float]) -> list[float]:
+    """The lower quartile, the median and the upper one; three times the same of a single value."""
+    return quantiles(values, n=4) if len(values) > 1 else values * 3
+
+
 def _row(case: Case, bench: _Bench, timed: Timed) -> Row:
     seconds, copy_s = median(timed.work), median(timed.copy)
     ratios = [copy / work for work, copy in zip(timed.work, timed.copy, strict=True)]
-    low, ratio, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    low, ratio, high = quartiles(ratios)
     nbytes = bench.nbytes
     return {
         "code": case.code,

@@ -19,12 +19,14 @@ from kvprism.commands.options import (
 
 app = typer.Typer(help="Measure speed.", **GROUP)
 
+Mib = Annotated[
+    str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
+]
+
 
 @app.command(epilog="Example: kvprism bench codec --mib 256 --json codec.json")
 def codec(
-    mib: Annotated[
-        str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
-    ] = "1,16,256",
+    mib: Mib = "1,16,256",
     threads: Annotated[
         str, typer.Option("--threads", help="Threads of the codec, with commas between them.")
     ] = "1,2",
@@ -61,9 +63,7 @@ def codec(
 
 @app.command(epilog="Example: kvprism bench transport --mib 8,64 --json transport.json")
 def transport(
-    mib: Annotated[
-        str, typer.Option("--mib", help="Sizes of the cache in MiB, with commas between them.")
-    ] = "8,64",
+    mib: Mib = "8,64",
     repeats: Annotated[
         int, typer.Option("--repeats", min=2, help="Requests over each transport, in turn.")
     ] = 15,

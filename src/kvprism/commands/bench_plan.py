@@ -11,7 +11,7 @@ import torch
 
 from kvprism.commands import console
 from kvprism.commands.bench import with_provenance
-from kvprism.core import MENU, Budget, Capability, KVShape
+from kvprism.core import HOLDS, MENU, Budget, KVShape
 from kvprism.errors import BadInput, Unsupported
 from kvprism.evict import EvictionProblem, grants, solve_eviction
 from kvprism.evictions import EVICTIONS, layer_problem
@@ -22,7 +22,6 @@ from kvprism.solve import TokenProblem, solve_layers, solve_prompt
 
 # Layers, KV heads, channels.
 SHAPES = {"tiny": (4, 2, 64), "Llama-3.1-8B": (32, 8, 128)}
-HOLDS = Capability(drop="per_head")
 
 Row = dict[str, Any]
 Advance = Callable[[int, int], None]

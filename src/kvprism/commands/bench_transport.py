@@ -8,22 +8,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 import xxhash
 
 from kvprism.commands import console
-from kvprism.commands.bench import Say
+from kvprism.commands.bench import Say, quartiles
 from kvprism.errors import BadInput, PeerLost, TransportError
 from kvprism.pipeline import Receiver, Sender, Sent
 from kvprism.planning import plan
 from kvprism.plans import Plan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
-from kvprism.transport import shm
+from kvprism.transport.addresses import HOSTS
 
-HOSTS = {"tcp": "127.0.0.1", "shm": shm.HOST}
 LAYERS, HEADS, CHANNELS = 8, 8, 128
 WARM_UPS = 2
 WAIT_S = 60.0
@@ -165,24 +164,21 @@ def _row(name: str, plan: Plan, taken: list[dict[str, Row]], copies: list[float]
     own = [turn[name] for turn in taken]
     seconds = [each["seconds"] for each in own]
     gains = [turn["tcp"]["seconds"] / turn[name]["seconds"] for turn in taken]
+    low, middle, high = quartiles(seconds)
+    least, gain, most = quartiles(gains)
     return {
         "transport": name,
         "wire_bytes": plan.nbytes,
-        "seconds_p50": median(seconds),
-        "seconds_quartiles": _quartiles(seconds),
+        "seconds_p50": middle,
+        "seconds_quartiles": [low, high],
         "encode_s_p50": median(each["encode_s"] for each in own),
         "decode_s_p50": median(each["decode_s"] for each in own),
-        "gb_per_s": plan.nbytes / median(seconds) / 1e9,
-        "times_tcp": median(gains),
-        "times_tcp_quartiles": _quartiles(gains),
+        "gb_per_s": plan.nbytes / middle / 1e9,
+        "times_tcp": gain,
+        "times_tcp_quartiles": [least, most],
         "memcpy_s_p50": median(copies),
         "repeats": len(taken),
     }
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    low, _, high = quantiles(values, n=4) if len(values) > 1 else values * 3
-    return [low, high]
 
 
 def show_transport(rows: list[Row]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvprism.budgets import split_floor
 from kvprism.codec.stream import decode, encode
-from kvprism.core import Budget, Capability, KVShape
+from kvprism.core import HOLDS, Budget, KVShape
 from kvprism.errors import BadInput, ProfileMismatch
 from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
 from kvprism.plans import Plan
@@ -19,9 +19,6 @@ from kvprism.state import with_mass
 from kvprism.tensors import LayerView, RequestKV
 
 RAW = "raw"
-# What the decode side of an arm can hold: heads with tokens of their own, padded in memory, so that
-# eviction policies choose as their papers do.
-HOLDS = Capability(drop="per_head")
 _ANY_SHAPE = KVShape.dense(layers=1, heads=1, channels=2**20, tokens=2**10)
 
 

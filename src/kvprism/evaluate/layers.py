@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from kvprism.core import MENU
+from kvprism.core import HOLDS, MENU
 from kvprism.errors import BadInput
-from kvprism.evaluate.arms import HOLDS, sent
+from kvprism.evaluate.arms import sent
 from kvprism.evaluate.measure import Case, LoadedModel, check_fits, score
 from kvprism.evaluate.perplexity import Perplexity
 from kvprism.evaluate.records import Header, header_of, require_same

@@ -36,7 +36,7 @@ from kvprism.evaluate.layers import (
 )
 from kvprism.evictions import EVICTIONS
 from kvprism.layer_signals import perplexity_sensitivity, worst_case
-from kvprism.policies import VARIANTS
+from kvprism.policies import POLICIES, VARIANTS
 from kvprism.routes import LayerRoute, Route
 
 Preference = Literal["perplexity", "cosine"]
@@ -373,7 +373,7 @@ class RouteSearch:
 
 def check_routed(name: str) -> None:
     """`UnknownName` for what is no policy that follows routes."""
-    known = [PAPERS, OURS, *VARIANTS]
+    known = [policy for policy, row in POLICIES.items() if row.routed]
     if name not in known:
         raise UnknownName("routed policy", name, known)
 

@@ -16,7 +16,7 @@ from kvprism.integrations.hf import Attention, Complete, cast_layer, made_ready
 from kvprism.integrations.restored import empty_cache
 from kvprism.layout import ranges
 from kvprism.pipeline import ChunkSender, Sender, Sent
-from kvprism.score.attention import WINDOW
+from kvprism.score.attention import WINDOW, last_queries
 from kvprism.staged import StagedPlan
 from kvprism.tensors import LayerKV, LayerView, RequestKV
 
@@ -156,7 +156,8 @@ class _PartRecorder:
     def record(self, call: Attention) -> None:
         self._seen += 1
         layer_id: int = call.module.layer_idx
-        queries = self._last_queries(layer_id, call.query[0])
+        before = self._recorded.get(layer_id, {}).get("queries")
+        queries = last_queries(before, call.query[0], self._window)
         self._recorded[layer_id] = {"queries": queries, **call.recorded()}
         start = max(self._start, self._first[layer_id])
         if start >= self._stop:
@@ -166,12 +167,6 @@ class _PartRecorder:
         part = cast_layer(layer_id, *x, (start, self._stop), self._cache_dtype)
         self._parts[layer_id].append(part)
         self._on_part(part)
-
-    def _last_queries(self, layer_id: int, query: torch.Tensor) -> torch.Tensor:
-        last = query[:, -self._window :]
-        known = self._recorded.get(layer_id)
-        parts = [last] if known is None else [known["queries"], last]
-        return torch.cat(parts, dim=1)[:, -self._window :].clone()
 
     def view(self, layer_id: int) -> LayerView:
         """A layer with all its parts; call it once."""

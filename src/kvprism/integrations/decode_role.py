@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from kvprism.core import HOLDS
 from kvprism.errors import PositionMismatch
 from kvprism.integrations import hf
-from kvprism.integrations.role import HOLDS, Role, required
+from kvprism.integrations.role import Role, required
 from kvprism.pipeline import Receiver
 from kvprism.profiles import Profile
 from kvprism.retention import FULL_KV, Retention

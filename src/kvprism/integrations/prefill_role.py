@@ -12,11 +12,11 @@ import torch
 
 from kvprism.chunkwise import ChunkPlanner
 from kvprism.codec.stream import encode
-from kvprism.core import ITEMSIZE, Capability, KVShape
+from kvprism.core import HOLDS, ITEMSIZE, Capability, KVShape
 from kvprism.errors import BadInput, UnknownName
 from kvprism.integrations import hf
 from kvprism.integrations.chunks import SentInChunks, capture_chunks, send_chunks
-from kvprism.integrations.role import HOLDS, Role, required
+from kvprism.integrations.role import Role, required
 from kvprism.layerwise import LayerPlanner, leaves_early
 from kvprism.pipeline import LayerSender, Sender, Sent
 from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan

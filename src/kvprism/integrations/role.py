@@ -2,15 +2,11 @@
 
 from typing import Any, TypeVar
 
-from kvprism.core import Capability
 from kvprism.errors import BadInput
 from kvprism.integrations import hf
 from kvprism.profiles import Profile
 
 T = TypeVar("T")
-
-# Restored caches hold heads with tokens of their own, padded in memory.
-HOLDS = Capability(drop="per_head")
 
 
 class Role:

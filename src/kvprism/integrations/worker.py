@@ -26,7 +26,7 @@ from typing import Any
 
 from kvprism import errors
 from kvprism.errors import KVPrismError, PeerLost, PeerSilent, UnknownName
-from kvprism.transport import shm
+from kvprism.transport.addresses import HOSTS
 from kvprism.transport.token import create_token, load_token
 
 BEAT_S = 0.5
@@ -153,7 +153,6 @@ class Place:
 
 
 ANYWHERE = Place()
-TRANSPORTS = {"tcp": LOOPBACK, "shm": shm.HOST}
 
 
 def place_of(transport: str) -> Place:
@@ -162,9 +161,9 @@ def place_of(transport: str) -> Place:
     Raises:
         UnknownName: no such transport.
     """
-    if transport not in TRANSPORTS:
-        raise UnknownName("transport", transport, list(TRANSPORTS))
-    return Place(host=TRANSPORTS[transport])
+    if transport not in HOSTS:
+        raise UnknownName("transport", transport, list(HOSTS))
+    return Place(host=HOSTS[transport])
 
 
 class Worker:

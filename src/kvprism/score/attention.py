@@ -10,6 +10,15 @@ from kvprism.tensors import LayerView
 WINDOW = 32  # queries that a scorer looks at, at most: what `capture` records by default
 
 
+def last_queries(
+    before: torch.Tensor | None, new: torch.Tensor, window: int = WINDOW
+) -> torch.Tensor:
+    """The last `window` of the queries `[q_head, token, channel]` of two calls, on their own."""
+    new = new[:, -window:]
+    parts = [new] if before is None else [before, new]
+    return torch.cat(parts, dim=1)[:, -window:].clone()  # a view would keep all of them alive
+
+
 def attention_logits(view: LayerView, keys: torch.Tensor) -> torch.Tensor:
     """What the captured queries make of `keys` `[head, token, channel]`, in their dtype.
 

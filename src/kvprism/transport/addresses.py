@@ -3,6 +3,9 @@
 from kvprism.transport import shm, tcp
 from kvprism.transport.connection import SILENCE_S, Connection, Listener
 
+# Transport -> the host that stands for it on this machine.
+HOSTS = {"tcp": "127.0.0.1", "shm": shm.HOST}
+
 
 def listen(
     host: str, port: int, *, silence_s: float = SILENCE_S, allow_remote: bool = False

@@ -23,7 +23,22 @@ SILENCE_S = 4.0
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 
 
-class Connection:
+class _Owner:
+    """What owns a socket and ends with it."""
+
+    _socket: socket.socket
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Connection(_Owner):
     """One established connection; `bytes_sent` and `bytes_received` count what went through it."""
 
     def __init__(self, sock: socket.socket, peer: str, silence_s: float) -> None:
@@ -82,15 +97,6 @@ class Connection:
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _send(self, views: Sequence[memoryview]) -> None:
         self._put(views)
         self.bytes_sent += sum(map(len, views))
@@ -124,7 +130,7 @@ class Connection:
 ConnectionT_co = TypeVar("ConnectionT_co", bound=Connection, covariant=True)
 
 
-class Listener(Generic[ConnectionT_co]):
+class Listener(_Owner, Generic[ConnectionT_co]):
     """A bound address; `address` is what to dial."""
 
     def __init__(
@@ -149,15 +155,6 @@ class Listener(Generic[ConnectionT_co]):
             where = named(self.address)
             raise PeerSilent(f"nobody connected to {where} within {timeout_s:g} s") from error
         return self._connect(sock)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def named(address: Address) -> str:

@@ -1,7 +1,7 @@
 """The prefill side of the worker half: copy blocks after a step, or each layer's within it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,14 +16,13 @@ from kvprism.integrations.vllm.parts import (
     ChunkedPart,
     LayeredPart,
     Part,
-    Queries,
     joined,
     view_of,
 )
 from kvprism.integrations.vllm.queries import QueryTap, last_slots
 from kvprism.integrations.vllm.scheduler import Save
 from kvprism.planning import PlanOptions
-from kvprism.score.attention import WINDOW
+from kvprism.score.attention import last_queries
 from kvprism.tensors import DTYPE_NAMES, LayerKV
 
 
@@ -50,15 +49,14 @@ class Producer:
         self._begun: dict[str, ChunkedPart] = {}  # whose last chunk has not come
         self._copied: dict[str, list[tuple[LayerKV, ...]]] = {}
         self._open: dict[str, LayeredPart | None] = {}  # of this step; None: not to be sent
-        self._queries: dict[str, dict[int, torch.Tensor]] = {}
+        self._queries: dict[str, dict[int, tuple[torch.Tensor, float]]] = {}  # `Queries`
         self._couriers: dict[Address, Courier] = {}
 
     def save_layer(self, saves: Sequence[Save], layer: int, slot_mapping: torch.Tensor) -> None:
         """A layer of this step is computed; slot_mapping: where its tokens are in the cache."""
         for save in saves:
             if self._tap is not None:
-                slots = last_slots(save.blocks, save.start, save.stop, self._cache.slots)
-                self._remember(save, layer, self._tap.window(layer, slots, slot_mapping))
+                self._remember(self._tap, save, layer, slot_mapping)
             if self._layered:
                 self._hand_over(save, layer, computed=False)
 
@@ -101,11 +99,6 @@ class Producer:
         self._counts.add(hold_seconds=time.perf_counter() - started)
         return LayerKV(layer, components, torch.arange(save.start, save.stop))
 
-    def _asked(self, queries: Mapping[int, torch.Tensor]) -> Queries:
-        """With the scale of each layer."""
-        scales = {} if self._tap is None else self._tap.scales
-        return {layer: (x, scales[layer]) for layer, x in queries.items()}
-
     def _hand_over(self, save: Save, layer: int, *, computed: bool) -> None:
         """One layer of a part that is under way; the first one opens it. computed: all are."""
         if save.request_id not in self._open:
@@ -115,7 +108,7 @@ class Producer:
         taker = self._open[save.request_id]
         if taker is not None and layer not in taker.given:
             taker.computed |= computed
-            queries = self._asked(self._queries.get(save.request_id, {}))
+            queries = self._queries.get(save.request_id, {})
             taker.put(view_of(self._layer(save, layer), queries))
 
     def _hand_over_chunk(self, save: Save) -> None:
@@ -130,7 +123,7 @@ class Producer:
         if save.last:
             self._begun.pop(save.request_id, None)
             importance = self._options(save.request_id).importance
-            asked = Asked(importance, self._asked(self._queries.pop(save.request_id, {})))
+            asked = Asked(importance, self._queries.pop(save.request_id, {}))
             if begun is not None:
                 begun.end(asked)
 
@@ -148,18 +141,18 @@ class Producer:
     def _joined(self, save: Save) -> Part:
         """All that was copied of a request since its last part."""
         options = self._options(save.request_id)
-        queries = self._asked(self._queries.pop(save.request_id, {}))
+        queries = self._queries.pop(save.request_id, {})
         kv, views = joined(self._copied.pop(save.request_id), queries)
         return Part(save.binding, int(kv.layers[0].positions[0]), options, views)
 
-    def _remember(self, save: Save, layer: int, queries: torch.Tensor | None) -> None:
+    def _remember(self, tap: QueryTap, save: Save, layer: int, slot_mapping: torch.Tensor) -> None:
         """The last window of what a part was asked so far, over its steps."""
+        slots = last_slots(save.blocks, save.start, save.stop, self._cache.slots)
+        queries = tap.window(layer, slots, slot_mapping)
         known = self._queries.setdefault(save.request_id, {})
-        if queries is None:
-            known.pop(layer, None)
-            return
-        parts = [known[layer], queries] if layer in known else [queries]
-        known[layer] = torch.cat(parts, dim=1)[:, -WINDOW:]
+        before, _ = known.pop(layer, (None, 0.0))
+        if queries is not None:
+            known[layer] = last_queries(before, queries), tap.scales[layer]
 
     def _options(self, request_id: str) -> PlanOptions:
         """Where a prefix cache had the prompt there are no queries: planned by position then."""
