@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from kvprism.errors import BadInput
 from kvprism.integrations.hf import load
+from training import attention
 from training.recipe import Optimizer, Recipe
 
 SPECIAL = {
@@ -53,6 +54,7 @@ def build(recipe: Recipe, seed: int) -> Any:
     Raises:
         BadInput: a `start` of another shape.
     """
+    attention.register()
     torch.manual_seed(seed)
     settings = {key: value for key, value in recipe.model.items() if key != "model_type"}
     config = AutoConfig.for_model(
