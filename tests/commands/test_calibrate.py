@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvprism.profiles import Profile
+from kvprism.routes import line_of
 
 from .conftest import Run, failure, read_json
 
@@ -73,6 +74,26 @@ def test_a_variant_joins_the_routes_that_there_are(
     assert added.policy == "polykv-cosine-uniform" and set(before.routes) < set(after.routes)
 
 
+def test_a_decode_phase_of_its_own_is_stored_shown_and_followed(
+    out: Path, run: Run, text: Path, tmp_path: Path
+) -> None:
+    path, rows = tmp_path / "p.json", tmp_path / "rows.json"
+    path.write_bytes(out.read_bytes())
+    result = run("calibrate", "tiny", "--text", text, "--out", path, "--budget", "64tok", *SMALL,
+                 "--records", out.with_name(out.name + ".records.jsonl"),
+                 "--route", "polykv", "--decode")  # fmt: skip
+    assert result.exit_code == 0 and "its decode phase" in result.stdout, result.output
+    before, [made, best] = Profile.load(out), Profile.load(path).routes
+    assert (made.layers, best) == (before.routes[0].layers, before.routes[1])
+    assert sum(layer.tokens or 0 for layer in made.decode) == 4 * 64
+    result = run("eval", "perplexity", "--text", text, "--context", 128, "--continuation", 8,
+                 "--documents", 2, "--profile", path, "--policy", "raw", "--json", rows,
+                 "--decode-policy", "polykv", "--decode-budget", "64tok")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    followed = {row["decode"] for row in read_json(rows)} - {None}
+    assert followed == {line_of(made.decode).replace(",", "tok,") + "tok"}
+
+
 def test_an_evaluation_follows_the_route(out: Path, run: Run, text: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     result = run("eval", "perplexity", "--text", text, "--context", 128, "--continuation", 8,
@@ -126,11 +147,13 @@ def test_an_evaluation_without_a_route_is_refused_early(
         (("--task", "sorting"), "unknown task kind 'sorting'"),
         (("--policy", "spectrum"), "unknown eviction policy 'spectrum'"),
         (("--route", "snapkv"), "unknown routed policy 'snapkv'"),
+        (("--decode", "--route", "polykv-best"), "only polykv's routes get a decode phase"),
+        (("--decode", "--paper", "defensivekv"), "none of ['defensivekv'] evicts while tokens"),
         (("--records", "RECORDS"), "not a file of calibration records"),
     ],
 )
 def test_bad_settings_are_refused(
-    run: Run, text: Path, tmp_path: Path, options: tuple[str, str], why: str
+    run: Run, text: Path, tmp_path: Path, options: tuple[str, ...], why: str
 ) -> None:
     (tmp_path / "other").write_text("{}\n")
     given = [tmp_path / "other" if each == "RECORDS" else each for each in options]

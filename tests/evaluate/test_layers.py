@@ -18,10 +18,11 @@ from kvprism.evaluate.layers import (
     Measured,
     key_of,
 )
-from kvprism.evaluate.measure import LoadedModel, continue_on, score
+from kvprism.evaluate.measure import LoadedModel, continue_on, feed, score
 from kvprism.evaluate.ruler import Ruler, RulerId
 from kvprism.integrations.hf import capture, restore
 from kvprism.layer_signals import attention_entropy
+from kvprism.retention import FULL_KV, Retention
 from kvprism.routes import FULL, LayerRoute
 from kvprism.tensors import RequestKV
 
@@ -83,6 +84,37 @@ def test_the_loss_is_the_models_on_that_cache(losses: LayerLosses) -> None:
         assert (found[key].nll, found[key].right) == (pytest.approx(nll, rel=1e-5), right)
         assert found[key].targets == case.answers[0].stop - case.answers[0].start
         assert found[key].cosine is None
+
+
+@pytest.mark.parametrize("policy", ["tova", "h2o"])
+def test_a_decode_phase_is_the_models_on_the_whole_cache_that_evicts(
+    losses: LayerLosses, policy: str
+) -> None:
+    """Once more as `eval --decode-policy` feeds it, mass through the wire; outputs by a hook."""
+    model, document = losses.calibration.subject.model, Document(TEXT, 0)
+    treatment = losses.alone_while_decoding(3, LayerRoute(policy, 64))
+    losses.measure([document], [treatment])
+    found = losses.ledger.of(document)[f"decode: 0-2: full, 3: {policy}@64"]
+    case = losses.calibration.case(document)
+    kv, view = capture(model, case.context, cache_dtype=torch.bfloat16, signals={"mass"})
+    decode = (FULL_KV,) * 3 + (Retention(policy, 64),)
+    arrived, _ = through_the_wire(kv, view, Arm("raw", decode=decode))
+    outputs, nlls = [], []
+    for cache, phase in ((kv, None), (arrived, decode)):
+        seen: list[torch.Tensor] = []
+        hook = model.model.norm.register_forward_hook(
+            lambda _module, _inputs, out, seen=seen: seen.append(
+                (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+            )
+        )
+        logits, _ = feed(model, cache, case.fed, phase)
+        hook.remove()
+        outputs.append(torch.cat(seen).double())
+        nlls.append(score(logits, case.continuation, case.answers[0])[0])
+    assert found.nll == pytest.approx(nlls[1], rel=1e-5) and nlls[1] != pytest.approx(nlls[0])
+    cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(*outputs, strict=True)]
+    assert found.cosine == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+    assert found.cosine < 1
 
 
 def test_one_layer_alone_is_evicted_and_its_output_compared(losses: LayerLosses) -> None:

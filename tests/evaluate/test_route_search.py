@@ -21,7 +21,8 @@ def search_of(subject: LoadedModel, text: Path, **changes: object) -> RouteSearc
     calibration = CalibrationSet(
         subject, text, CONTEXT, continuation=12, n_documents=2, trials=2, kinds=("needle",)
     )
-    losses = LayerLosses(calibration, Ledger(calibration.header, None), (*PAPER, *POLICIES))
+    policies = (*PAPER, *POLICIES, "expected-attention")
+    losses = LayerLosses(calibration, Ledger(calibration.header, None), policies)
     given = {"tokens": (TOKENS,), "paper": PAPER, "policies": POLICIES, "sweeps": 1}
     return RouteSearch(losses, singles=POLICIES, **{**given, **changes})  # type: ignore[arg-type]
 
@@ -76,6 +77,46 @@ def test_variants_are_wanted_by_name_and_ours_alone_needs_curves(
     assert routes[0].note == "Algorithm 1, preference cosine, budgets perplexity"
     assert routes[1].layers == search.polykv(TOKENS, Variant()).layers
     assert not reports and not search.losses.ledger.of(Document("needle", 0))
+
+
+def test_a_decode_phase_has_signals_of_its_own(subject: LoadedModel, text_file: Path) -> None:
+    """The same definitions, on losses of layers that evict while tokens are fed."""
+    paper = (*PAPER, "expected-attention")  # evicts prompts alone
+    wanted = ("polykv", "polykv-cosine-perplexity")
+    search = search_of(subject, text_file, paper=paper, decode=True, wanted=wanted)
+    (default, variant), _ = search.routes()
+    plain = search_of(subject, text_file, paper=paper, wanted=wanted).routes()[0]
+    assert [route.layers for route in (default, variant)] == [route.layers for route in plain]
+    assert not any(route.decode for route in plain)
+    text = Document("text", 0)
+    full = losses(search, text, "0-3: full")
+
+    def signals(layer: int, policy: str) -> Loss:
+        alone = search.losses.alone_while_decoding(layer, LayerRoute(policy, TOKENS))
+        return losses(search, text, key_of(alone))
+
+    def more(layer: int, policy: str) -> float:
+        found = signals(layer, policy)
+        return math.exp(found.nll / found.targets) - math.exp(full.nll / full.targets)
+
+    each = range(LAYERS)
+    lowest = [min(PAPER, key=lambda p, la=la: more(la, p)) for la in each]
+    highest = [max(PAPER, key=lambda p, la=la: signals(la, p).cosine or 0.0) for la in each]
+    assert [layer.policy for layer in default.decode] == lowest
+    assert [layer.policy for layer in variant.decode] == highest
+    worst = [max(0.0, *(more(la, p) for p in PAPER)) + 1e-6 for la in each]
+    spare = [LAYERS * (TOKENS - 37) * m / sum(worst) for m in worst]
+    shares = largest_remainder(LAYERS * TOKENS, [37 + share for share in spare])
+    assert [layer.tokens for layer in variant.decode] == shares
+
+
+def test_a_decode_phase_needs_a_route_and_a_policy_that_evicts_then(
+    subject: LoadedModel, text_file: Path
+) -> None:
+    with pytest.raises(BadInput, match=r"none of \['expected-attention'\] evicts .*'tova'"):
+        search_of(subject, text_file, paper=("expected-attention",), decode=True)
+    with pytest.raises(BadInput, match=r"only polykv's routes .*\['polykv-best'\]"):
+        search_of(subject, text_file, wanted=("polykv-best",), decode=True)
 
 
 def test_cosines_and_the_other_budgets_are_algorithm_1(

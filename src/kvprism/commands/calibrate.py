@@ -19,13 +19,14 @@ from kvprism.evaluate.route_search import (
     RouteSearch,
     Sharing,
     Variant,
+    check_decode,
     check_routed,
 )
 from kvprism.evaluate.tasks import KINDS
 from kvprism.evaluate.texts import read_text
 from kvprism.evictions import EVICTIONS
 from kvprism.profiles import Profile, StoredRoute
-from kvprism.routes import Route
+from kvprism.routes import Route, line_of
 
 SHOWN = 12
 
@@ -36,7 +37,7 @@ class Settings:
 
     Raises:
         UnknownName: a signal, a kind of task or a policy that there is not, or one without routes.
-        BadInput: budgets that are not in tokens.
+        BadInput: budgets that are not in tokens, or a decode phase that no route can have.
     """
 
     context: int
@@ -53,6 +54,7 @@ class Settings:
     continuation: int
     seed: int
     routes: str
+    decode: bool = False
 
     def __post_init__(self) -> None:
         # Errors come before the model is loaded.
@@ -63,6 +65,8 @@ class Settings:
             KINDS[name]
         for name in (*names(self.paper), *names(self.policies), *self.whole):
             EVICTIONS[name]
+        if self.decode:
+            check_decode(self.wanted, names(self.paper))
 
     @property
     def kinds(self) -> list[str]:
@@ -163,6 +167,7 @@ def search_of(calibration: CalibrationSet, ledger: Ledger, settings: Settings) -
         sweeps=settings.sweeps,
         stage=console.progress,
         wanted=settings.wanted,
+        decode=settings.decode,
     )
 
 
@@ -181,7 +186,11 @@ def with_routes(profile: Profile, routes: Sequence[Route]) -> Profile:
 
 def show_calibrated(result: Calibrated) -> None:
     """Print the routes, and what they were chosen from."""
-    lines = [[r.policy, f"{r.tokens}tok", r.note, str(r)] for r in result.routes]
+    lines = []
+    for r in result.routes:
+        lines.append([r.policy, f"{r.tokens}tok", r.note, str(r)])
+        if r.decode:
+            lines.append(["", "", "its decode phase", line_of(r.decode)])
     console.table("routes", ["policy", "budget", "from", "layers"], lines, words=True)
     for report in result.reports:
         title = (

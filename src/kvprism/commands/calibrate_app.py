@@ -10,6 +10,10 @@ from kvprism.commands.options import Json, Seed
 
 EXAMPLE = "kvprism calibrate tiny --text book.txt --out tiny.profile.json --budget 256tok"
 PAPER = "streaming-llm,h2o,tova,snapkv,cake,scissorhands"
+DecodePhase = Annotated[
+    bool,
+    typer.Option("--decode", help="Give polykv's routes a decode phase by signals of its own."),
+]
 Routes = Annotated[
     str,
     typer.Option(
@@ -56,6 +60,7 @@ def calibrate(
         str, typer.Option("--sharing", help="polykv's budgets: uniform, entropy or perplexity.")
     ] = "uniform",
     route: Routes = "polykv,polykv-best",
+    decode: DecodePhase = False,
     sweeps: Annotated[
         int, typer.Option("--sweeps", min=0, help="Passes of coordinate descent for polykv-best.")
     ] = 2,
@@ -91,6 +96,7 @@ def calibrate(
             sweeps=sweeps,
             seed=seed,
             routes=route,
+            decode=decode,
         )
         result = run_calibrate(model, text, out, records, settings)
         show_calibrated(result)

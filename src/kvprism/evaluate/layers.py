@@ -29,8 +29,10 @@ from kvprism.layer_signals import attention_entropy, cosine
 from kvprism.planning import plan
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
+from kvprism.retention import FULL_KV, Decode, Retention, needs_mass
 from kvprism.routes import FULL, LayerRoute, ranges_of
 from kvprism.routing import routed_layer, units_of
+from kvprism.state import with_mass
 from kvprism.tensors import LayerKV, LayerView, RequestKV, Signal
 
 TEXT = "text"
@@ -43,8 +45,17 @@ LINE = 32
 # Task n of a kind is at depth 3 n mod 11 of 10: each half of them is spread over all depths.
 _DEPTH_STEP = 3
 
-# A route's layers; or a whole policy, layers shared as its own paper has it.
-Treatment = tuple[LayerRoute, ...] | LayerRoute
+
+@dataclass(frozen=True)
+class DecodePhase:
+    """Everything is sent, and the layers evict after every token that is fed."""
+
+    layers: tuple[LayerRoute, ...]
+
+
+# A route's layers, of the prompt or while tokens are generated; or a whole policy, layers shared as
+# its own paper has it.
+Treatment = tuple[LayerRoute, ...] | DecodePhase | LayerRoute
 Advance = Callable[[int, int], None]
 Stage = Callable[[str], AbstractContextManager[Advance]]
 
@@ -243,7 +254,10 @@ class _Captured:
         return sent(RequestKV((layer,), self.kv.next_position), kept, None).layers[0]
 
     def holding(self, what: Treatment) -> RequestKV:
-        """The cache as the decode side would hold it."""
+        """The cache as the decode side would hold it before the first token is fed."""
+        if isinstance(what, DecodePhase):
+            counted = [needs_mass(its.policy) for its in what.layers]
+            return with_mass(self.kv, self.view, counted)[0]
         if isinstance(what, LayerRoute):
             budget = f"{what.tokens}tok"
             return sent(self.kv, plan(self.view, what.policy, budget, capability=HOLDS), None)
@@ -275,6 +289,10 @@ class LayerLosses:
     def alone(self, layer: int, its: LayerRoute) -> tuple[LayerRoute, ...]:
         """One layer evicted, the others full."""
         return (*self.full[:layer], its, *self.full[layer + 1 :])
+
+    def alone_while_decoding(self, layer: int, its: LayerRoute) -> DecodePhase:
+        """One layer that evicts while tokens are generated, the others full."""
+        return DecodePhase(self.alone(layer, its))
 
     def measure(
         self,
@@ -347,20 +365,36 @@ class LayerLosses:
 
     def _continue(self, captured: _Captured, treatment: Treatment, hidden: bool) -> _Scored:
         model, fed = self.calibration.subject.model, captured.case.fed
-        cache = restore(model, captured.holding(treatment))
-        asked: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
-        with torch.no_grad():
-            out = model(fed[None].to(model.device), **cache.kwargs, use_cache=True, **asked)
-        if not bool(out.logits.isfinite().all()):
+        decode: Decode = FULL_KV
+        calls = fed[None]
+        if isinstance(treatment, DecodePhase):
+            decode = tuple(Retention(its.policy, its.tokens) for its in treatment.layers)
+            calls = fed[:, None]
+        cache = restore(model, captured.holding(treatment), decode)
+        scored = [_call(model, cache, tokens, hidden) for tokens in calls]
+        logits = torch.cat([each.logits for each in scored])
+        if not bool(logits.isfinite().all()):
             raise BadInput(f"the model's logits are not finite under {key_of(treatment)}")
-        layers = tuple(state[0] for state in out.hidden_states[1:]) if hidden else ()
-        return _Scored(out.logits[0], layers)
+        by_layer = zip(*(each.hidden for each in scored), strict=True)
+        return _Scored(logits, tuple(torch.cat(parts) for parts in by_layer))
+
+
+def _call(model: Any, cache: Any, tokens: torch.Tensor, hidden: bool) -> _Scored:
+    asked: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
+    with torch.no_grad():
+        out = model(tokens[None].to(model.device), **cache.kwargs, use_cache=True, **asked)
+    return _Scored(out.logits[0], tuple(x[0] for x in out.hidden_states[1:]) if hidden else ())
 
 
 def key_of(treatment: Treatment) -> str:
-    """As records name it: `0-2: full, 3: tova@256`, or `cake@256` for a whole policy."""
+    """As records name it: `0-2: full, 3: tova@256`, or `cake@256` for a whole policy.
+
+    Of a decode phase `decode: ` and the layers.
+    """
     if isinstance(treatment, LayerRoute):
         return str(treatment)
+    if isinstance(treatment, DecodePhase):
+        return f"decode: {key_of(treatment.layers)}"
     return ranges_of([str(layer) for layer in treatment])
 
 
@@ -368,6 +402,8 @@ def _evicted_alone(treatment: Treatment) -> int | None:
     """The layer that is not full, if it is the only one."""
     if isinstance(treatment, LayerRoute):
         return None
+    if isinstance(treatment, DecodePhase):
+        return _evicted_alone(treatment.layers)
     evicted = [i for i, layer in enumerate(treatment) if layer.policy != FULL]
     return evicted[0] if len(evicted) == 1 else None
 

@@ -37,10 +37,12 @@ from kvprism.evaluate.layers import (
 from kvprism.evictions import EVICTIONS
 from kvprism.layer_signals import perplexity_sensitivity, worst_case
 from kvprism.policies import POLICIES, VARIANTS
+from kvprism.retention import decode_policies
 from kvprism.routes import LayerRoute, Route
 
 Preference = Literal["perplexity", "cosine"]
 Sharing = Literal["uniform", "entropy", "perplexity"]
+Phase = Literal["prompt", "decode"]
 # The paper's candidates that are built and differ from each other as a layer's pattern: PyramidKV's
 # is SnapKV's score. CaM and D2O rewrite rows, which a route does not do.
 PAPER = ("streaming-llm", "h2o", "tova", "snapkv", "cake", "scissorhands")
@@ -92,11 +94,13 @@ class RouteSearch:
 
     paper: candidates of Algorithm 1; policies: of the allocator; singles: whole policies, of which
     the best is named; sweeps: passes of coordinate descent over the layers; wanted: whose routes,
-    `polykv` (by `variant`), `polykv-best`, or a name of `policies.VARIANTS`.
+    `polykv` (by `variant`), `polykv-best`, or a name of `policies.VARIANTS`; decode: whether
+    Algorithm 1 also gives its routes a decode phase, by the signals of that phase.
 
     Raises:
         UnknownName: no such eviction policy, or no policy of that name has routes.
-        BadInput: a budget below what every layer must have, or not below the context; no candidate.
+        BadInput: a budget below what every layer must have, or not below the context; no candidate,
+            or for a decode phase none that evicts then.
     """
 
     losses: LayerLosses
@@ -108,8 +112,11 @@ class RouteSearch:
     sweeps: int = PASSES
     stage: Stage = silently
     wanted: Sequence[str] = (PAPERS, OURS)
+    decode: bool = False
 
     def __post_init__(self) -> None:
+        if self.decode:
+            check_decode(self.wanted, self.paper)
         for name in self.wanted:
             check_routed(name)
         rows = [EVICTIONS[policy] for policy in (*self.paper, *self.policies, *self.singles)]
@@ -123,6 +130,10 @@ class RouteSearch:
                     f"a budget of {tokens} tokens a layer: expected at least {self.floor}, one "
                     f"more than the candidates protect, and fewer than the context's {context}"
                 )
+
+    def papers(self, phase: Phase) -> list[str]:
+        """Algorithm 1's candidates, those that evict in this phase."""
+        return list(self.paper) if phase == "prompt" else _evicting_in_decode(self.paper)
 
     @property
     def _documents(self) -> tuple[Document, ...]:
@@ -161,13 +172,23 @@ class RouteSearch:
         """What Algorithm 1 reads alone; enough for `polykv` with a uniform or PPL sharing."""
         signals = self._alone(self.paper, self.tokens)
         self._fill("layers' signals", self._texts, signals)
+        if self.decode:
+            signals = self._alone(self.papers("decode"), self.tokens, "decode")
+            self._fill("layers' signals while decoding", self._texts, signals)
 
-    def _alone(self, policies: Sequence[str], tokens: Sequence[int]) -> list[Treatment]:
+    def _alone(
+        self, policies: Sequence[str], tokens: Sequence[int], phase: Phase = "prompt"
+    ) -> list[Treatment]:
         return [
-            self.losses.alone(layer, LayerRoute(policy, n))
+            self._one(layer, LayerRoute(policy, n), phase)
             for layer in range(self.losses.n_layers)
             for policy, n in product(policies, tokens)
         ]
+
+    def _one(self, layer: int, its: LayerRoute, phase: Phase) -> Treatment:
+        losses = self.losses
+        alone = losses.alone if phase == "prompt" else losses.alone_while_decoding
+        return alone(layer, its)
 
     def routes(self) -> tuple[list[Route], list[BudgetReport]]:
         """Those wanted at every budget, and what `polykv-best` was chosen from."""
@@ -186,36 +207,47 @@ class RouteSearch:
 
     def _papers(self, name: str, tokens: int) -> Route:
         variant = self.variant if name == PAPERS else Variant(*VARIANTS[name])  # type: ignore[arg-type]
-        return replace(self.polykv(tokens, variant), policy=name)
+        found = replace(self.polykv(tokens, variant), policy=name)
+        if self.decode:
+            found = replace(found, decode=self.polykv(tokens, variant, phase="decode").layers)
+        return found
 
     # PolyKV, Algorithm 1
 
-    def polykv(self, tokens: int, variant: Variant, inverse: bool = False) -> Route:
-        """The paper's route; inverse: the control, the worst policy by the same signal."""
+    def polykv(
+        self, tokens: int, variant: Variant, inverse: bool = False, phase: Phase = "prompt"
+    ) -> Route:
+        """The paper's route by the signals of a phase.
+
+        inverse: the control, the worst policy by the same signal.
+        """
         highest = (variant.preference == "cosine") != inverse
-        policies = preferred(self.preferences(tokens, variant.preference), highest)
-        shares = budgets(tokens, self.sensitivities(tokens, variant.sharing), self._least(tokens))
+        policies = preferred(self.preferences(tokens, variant.preference, phase), highest)
+        needs = self.sensitivities(tokens, variant.sharing, phase)
+        shares = budgets(tokens, needs, self._least(tokens))
         note = f"Algorithm 1, {variant}" + ", inverse" * inverse
         return route("polykv", policies, shares, note)
 
-    def preferences(self, tokens: int, preference: Preference) -> list[dict[str, float]]:
+    def preferences(
+        self, tokens: int, preference: Preference, phase: Phase = "prompt"
+    ) -> list[dict[str, float]]:
         """g of every layer and candidate, each alone at this budget, on the making half's text."""
         signal = self._cosine if preference == "cosine" else self._sensitivity
         return [
             {
-                policy: signal(self._texts, self.losses.alone(layer, LayerRoute(policy, tokens)))
-                for policy in self.paper
+                policy: signal(self._texts, self._one(layer, LayerRoute(policy, tokens), phase))
+                for policy in self.papers(phase)
             }
             for layer in range(self.losses.n_layers)
         ]
 
-    def sensitivities(self, tokens: int, sharing: Sharing) -> list[float]:
-        """m of every layer."""
+    def sensitivities(self, tokens: int, sharing: Sharing, phase: Phase = "prompt") -> list[float]:
+        """m of every layer; the entropy is of the prompt's attention in either phase."""
         if sharing == "uniform":
             return [1.0] * self.losses.n_layers
         if sharing == "entropy":
             return list(self.losses.entropies())
-        return [worst_case(layer) for layer in self.preferences(tokens, "perplexity")]
+        return [worst_case(layer) for layer in self.preferences(tokens, "perplexity", phase)]
 
     def _cosine(self, texts: Sequence[Document], treatment: Treatment) -> float:
         cosines = [self._loss(text, treatment).cosine for text in texts]
@@ -376,6 +408,27 @@ def check_routed(name: str) -> None:
     known = [policy for policy, row in POLICIES.items() if row.routed]
     if name not in known:
         raise UnknownName("routed policy", name, known)
+
+
+def check_decode(wanted: Sequence[str], paper: Sequence[str]) -> None:
+    """`BadInput` where a decode phase was asked for and Algorithm 1 can make none.
+
+    wanted: whose routes; paper: its candidates.
+    """
+    if all(name == OURS for name in wanted):
+        raise BadInput(
+            f"only {PAPERS}'s routes get a decode phase by signals of its own, and the wanted ones "
+            f"are {list(wanted)}"
+        )
+    if not _evicting_in_decode(paper):
+        raise BadInput(
+            f"none of {list(paper)} evicts while tokens are generated; these do: "
+            f"{_evicting_in_decode(EVICTIONS)}"
+        )
+
+
+def _evicting_in_decode(policies: Iterable[str]) -> list[str]:
+    return [policy for policy in policies if policy in decode_policies()]
 
 
 def _layers(arrangement: Arrangement) -> tuple[LayerRoute, ...]:
