@@ -28,16 +28,17 @@ def softcap_blocks(
     """
     batch, heads, tokens, dim = query.shape
     shared = heads // key.shape[1]
-    grouped = (query * scaling).view(batch, heads // shared, shared, tokens, dim)
+    grouped = (query * (scaling / softcap)).view(batch, heads // shared, shared, tokens, dim)
     transposed = key.transpose(2, 3).unsqueeze(2)
     blocks = []
     for start in range(0, tokens, QUERIES):
         stop = min(start + QUERIES, tokens)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        scores = (grouped[..., start:stop, :] @ transposed[..., first:stop] / softcap).tanh()
+        scores = (grouped[..., start:stop, :] @ transposed[..., first:stop]).tanh()
         back = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
         hidden = back < 0 if sliding_window is None else (back < 0) | (back >= sliding_window)
-        weights = (scores * softcap).masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        unseen = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+        weights = torch.add(unseen, scores, alpha=softcap).softmax(dim=-1)
         blocks.append(weights @ value.unsqueeze(2)[..., first:stop, :])
     return torch.cat(blocks, dim=3).flatten(1, 2).transpose(1, 2).contiguous(), None
 
