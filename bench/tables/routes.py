@@ -90,6 +90,18 @@ def on_test(name: str) -> list[str]:
     return table(["policy", *budgets], lines)
 
 
+def decode_routes(model: str) -> list[str]:
+    """What a profile's routes keep while tokens are generated, where that is their own."""
+    routes = json.loads((PROFILES / f"{model}.json").read_text())["routes"]
+    lines = (
+        f"| `{route['policy']}` | {route['tokens']}tok | {route[phase]} | {words} |"
+        for route in routes
+        if "decode" in route
+        for phase, words in (("prefill", "the prompt"), ("decode", "while generating"))
+    )
+    return table(["policy", "budget", "layers", "of"], lines)
+
+
 def phases(name: str) -> list[str]:
     """Prompt, decode phase and both, each by the routes of a policy."""
     found = [r for r in rows(name) if r["subtask"] == "average"]
@@ -115,10 +127,11 @@ def _arm(row: Row) -> tuple[object, ...]:
     return row["policy"], row["budget"], row["decode"]
 
 
-def _by_line(model: str = "tiny-deep") -> Iterator[tuple[str, str]]:
+def _by_line(profile: str = "tiny-deep-routes-decode") -> Iterator[tuple[str, str]]:
     """A decode phase as rows have it -> whose route it is."""
-    for route in json.loads((PROFILES / f"{model}-routes.json").read_text())["routes"]:
-        yield re.sub(r"@(\d+)", r"@\1tok", route["prefill"]), route["policy"]
+    for route in json.loads((PROFILES / f"{profile}.json").read_text())["routes"]:
+        layers = route.get("decode", route["prefill"])
+        yield re.sub(r"@(\d+)", r"@\1tok", layers), route["policy"]
 
 
 def greedy(name: str) -> list[str]:
