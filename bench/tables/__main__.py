@@ -15,6 +15,7 @@ SECTIONS = {
         "gates": lambda: models.gates("tiny"),
         "gates-deep": lambda: models.gates("tiny-deep"),
         "gates-llama31": lambda: models.gates("tiny-llama31"),
+        "gates-qwen3": lambda: models.gates("tiny-qwen3"),
     },
     "docs/speed.md": {
         "ttft-machine": lambda: speed.measured_on("ttft"),

@@ -22,6 +22,7 @@ ZOO = ROOT / "bench" / "zoo"
 ORDER = (
     "tiny",
     "tiny-llama31",
+    "tiny-qwen3",
     "tiny-mistral",
     "tiny-qwen2",
     "tiny-qwen2-fragile",
