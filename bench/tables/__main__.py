@@ -51,7 +51,7 @@ SECTIONS = {
         "deep-controls": lambda: routes.controls(
             *(f"deep-routes-compare-controls-{tokens}" for tokens in routes.CONTROLLED)
         ),
-        "deep-phase-routes": lambda: routes.decode_routes("tiny-deep-routes-decode"),
+        "deep-phase-routes": routes.decode_routes,
         "deep-phases": lambda: routes.phases("deep-routes-phases"),
         "deep-aware": lambda: quality.ruler("deep-routes-aware"),
         "deep-tiny": lambda: quality.ruler("deep-routes-tiny"),

@@ -5,21 +5,28 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 from bench.tables.cells import RESULTS, ROOT, Row, exact, rows, table
 
 PROFILES = ROOT / "bench" / "profiles"
 # Budgets at which `bench.controls` was run.
 CONTROLLED = (128, 256, 512)
+# The profile by which the decode phase was measured.
+PHASES = "tiny-deep-routes-decode"
+
+
+def _stored(profile: str) -> list[dict[str, Any]]:
+    routes: list[dict[str, Any]] = json.loads((PROFILES / f"{profile}.json").read_text())["routes"]
+    return routes
 
 
 def routes(model: str = "tiny", policies: Sequence[str] = ("polykv", "polykv-best")) -> list[str]:
     """The routes of a profile, as `kvprism calibrate` made them."""
-    profile = json.loads((PROFILES / f"{model}-routes.json").read_text())
     heads = ["policy", "budget", "layers", "from"]
     lines = (
         f"| `{route['policy']}` | {route['tokens']}tok | {route['prefill']} | {route['note']} |"
-        for route in profile["routes"]
+        for route in _stored(f"{model}-routes")
         if route["policy"] in policies
     )
     return table(heads, lines)
@@ -90,12 +97,11 @@ def on_test(name: str) -> list[str]:
     return table(["policy", *budgets], lines)
 
 
-def decode_routes(model: str) -> list[str]:
-    """What a profile's routes keep while tokens are generated, where that is their own."""
-    routes = json.loads((PROFILES / f"{model}.json").read_text())["routes"]
+def decode_routes() -> list[str]:
+    """What the routes keep while tokens are generated, where that is their own."""
     lines = (
         f"| `{route['policy']}` | {route['tokens']}tok | {route[phase]} | {words} |"
-        for route in routes
+        for route in _stored(PHASES)
         if "decode" in route
         for phase, words in (("prefill", "the prompt"), ("decode", "while generating"))
     )
@@ -127,9 +133,9 @@ def _arm(row: Row) -> tuple[object, ...]:
     return row["policy"], row["budget"], row["decode"]
 
 
-def _by_line(profile: str = "tiny-deep-routes-decode") -> Iterator[tuple[str, str]]:
+def _by_line() -> Iterator[tuple[str, str]]:
     """A decode phase as rows have it -> whose route it is."""
-    for route in json.loads((PROFILES / f"{profile}.json").read_text())["routes"]:
+    for route in _stored(PHASES):
         layers = route.get("decode", route["prefill"])
         yield re.sub(r"@(\d+)", r"@\1tok", layers), route["policy"]
 

@@ -5,7 +5,7 @@ scorers see the same `LayerView`, with the queries of the calls instead of the p
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from kvprism.core import ComponentShape, LayerShape
 from kvprism.errors import BadInput, ProfileMismatch, UnknownName, Unsupported
 from kvprism.evict import LayerProblem
 from kvprism.evictions import EVICTIONS, Eviction
-from kvprism.routes import FULL, Route, ranges_of
+from kvprism.routes import FULL, LayerRoute, Route, ranges_of
 from kvprism.solve import DROP_INDEX
 from kvprism.tensors import DTYPE_NAMES, LayerKV, LayerView
 
@@ -126,7 +126,11 @@ def phase_of(routes: Sequence[Route], policy: str, tokens: int) -> tuple[Retenti
             f"decode-phase policy {policy!r} at {tokens}tok: the profile's routes are for {made}, "
             "and each is followed at its own budget"
         )
-    layers = own[tokens].decode or own[tokens].layers
+    return retentions(own[tokens].decode or own[tokens].layers)
+
+
+def retentions(layers: Iterable[LayerRoute]) -> tuple[Retention, ...]:
+    """A route's layers as a decode phase; errors as the class."""
     return tuple(Retention(layer.policy, layer.tokens) for layer in layers)
 
 

@@ -12,6 +12,7 @@ from kvprism.evaluate.arms import Arm, through_the_wire
 from kvprism.evaluate.layers import (
     TEXT,
     CalibrationSet,
+    DecodePhase,
     Document,
     LayerLosses,
     Ledger,
@@ -92,7 +93,7 @@ def test_a_decode_phase_is_the_models_on_the_whole_cache_that_evicts(
 ) -> None:
     """Once more as `eval --decode-policy` feeds it, mass through the wire; outputs by a hook."""
     model, document = losses.calibration.subject.model, Document(TEXT, 0)
-    treatment = losses.alone_while_decoding(3, LayerRoute(policy, 64))
+    treatment = DecodePhase(losses.alone(3, LayerRoute(policy, 64)))
     losses.measure([document], [treatment])
     found = losses.ledger.of(document)[f"decode: 0-2: full, 3: {policy}@64"]
     case = losses.calibration.case(document)

@@ -7,7 +7,15 @@ import pytest
 
 from kvprism.allocate import largest_remainder
 from kvprism.errors import BadInput, UnknownName
-from kvprism.evaluate.layers import CalibrationSet, Document, LayerLosses, Ledger, Loss, key_of
+from kvprism.evaluate.layers import (
+    CalibrationSet,
+    DecodePhase,
+    Document,
+    LayerLosses,
+    Ledger,
+    Loss,
+    key_of,
+)
 from kvprism.evaluate.measure import LoadedModel
 from kvprism.evaluate.route_search import BudgetReport, RouteSearch, Variant
 from kvprism.layer_signals import worst_case
@@ -92,8 +100,8 @@ def test_a_decode_phase_has_signals_of_its_own(subject: LoadedModel, text_file: 
     full = losses(search, text, "0-3: full")
 
     def signals(layer: int, policy: str) -> Loss:
-        alone = search.losses.alone_while_decoding(layer, LayerRoute(policy, TOKENS))
-        return losses(search, text, key_of(alone))
+        alone = search.losses.alone(layer, LayerRoute(policy, TOKENS))
+        return losses(search, text, key_of(DecodePhase(alone)))
 
     def more(layer: int, policy: str) -> float:
         found = signals(layer, policy)

@@ -29,7 +29,7 @@ from kvprism.layer_signals import attention_entropy, cosine
 from kvprism.planning import plan
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
-from kvprism.retention import FULL_KV, Decode, Retention, needs_mass
+from kvprism.retention import FULL_KV, Decode, needs_mass, retentions
 from kvprism.routes import FULL, LayerRoute, ranges_of
 from kvprism.routing import routed_layer, units_of
 from kvprism.state import with_mass
@@ -290,10 +290,6 @@ class LayerLosses:
         """One layer evicted, the others full."""
         return (*self.full[:layer], its, *self.full[layer + 1 :])
 
-    def alone_while_decoding(self, layer: int, its: LayerRoute) -> DecodePhase:
-        """One layer that evicts while tokens are generated, the others full."""
-        return DecodePhase(self.alone(layer, its))
-
     def measure(
         self,
         documents: Sequence[Document],
@@ -368,7 +364,7 @@ class LayerLosses:
         decode: Decode = FULL_KV
         calls = fed[None]
         if isinstance(treatment, DecodePhase):
-            decode = tuple(Retention(its.policy, its.tokens) for its in treatment.layers)
+            decode = retentions(treatment.layers)
             calls = fed[:, None]
         cache = restore(model, captured.holding(treatment), decode)
         scored = [_call(model, cache, tokens, hidden) for tokens in calls]

@@ -26,6 +26,7 @@ from kvprism.allocate import (
 from kvprism.errors import BadInput, UnknownName
 from kvprism.evaluate.layers import (
     TEXT,
+    DecodePhase,
     Document,
     LayerLosses,
     Loss,
@@ -186,9 +187,8 @@ class RouteSearch:
         ]
 
     def _one(self, layer: int, its: LayerRoute, phase: Phase) -> Treatment:
-        losses = self.losses
-        alone = losses.alone if phase == "prompt" else losses.alone_while_decoding
-        return alone(layer, its)
+        alone = self.losses.alone(layer, its)
+        return alone if phase == "prompt" else DecodePhase(alone)
 
     def routes(self) -> tuple[list[Route], list[BudgetReport]]:
         """Those wanted at every budget, and what `polykv-best` was chosen from."""
