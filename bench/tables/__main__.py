@@ -36,8 +36,13 @@ SECTIONS = {
         "routes-compare-128": lambda: routes.route_comparisons("ruler-routes-128-compare"),
         "routes-provenance": lambda: quality.provenance("ruler-routes"),
     },
-    "docs/zoo.md": {"probes": zoo.probes, "plain": zoo.plain, "remedies": zoo.remedies},
-    "docs/zoo-evidence.md": {"models": zoo.models},
+    "docs/zoo.md": {
+        "probes": zoo.probes,
+        "plain": zoo.plain,
+        "overview": zoo.overview,
+        "remedies": lambda: zoo.remedies(zoo.SIZE),
+    },
+    "docs/zoo-evidence.md": {"remedies": zoo.remedies, "models": zoo.models},
     "docs/vllm.md": {"faults": engine.faults, "ttft": engine.ttft},
     "docs/polykv-evidence.md": {
         "deep-provenance": lambda: quality.provenance("deep-routes"),

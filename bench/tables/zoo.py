@@ -30,6 +30,17 @@ ORDER = (
     "tiny-qwen2-bias-300",
     "tiny-qwen2-spiky",
 )
+# At one size, about 0.308 of 16 bits; a code takes its own.
+SIZE = "floor+0.04"
+OVERVIEW = (
+    ("raw", None),
+    ("int8", None),
+    ("int4-kivi", None),
+    ("spectrum", SIZE),
+    ("spectrum-2tier", 0.308),
+    ("spectrum-adaptive", SIZE),
+    ("spectrum-conditioned", SIZE),
+)
 
 
 def measured(suffix: str) -> list[str]:
@@ -70,6 +81,28 @@ def plain() -> list[str]:
     return table(heads, [line(model, arm) for model, its in found for arm in its])
 
 
+def overview() -> list[str]:
+    """Each model at one size: needles found without and with distractors, and KL to raw."""
+    heads = ["model", "n", *(f"`{policy}`" for policy, _ in OVERVIEW)]
+
+    def line(model: str) -> str:
+        texts = {_key(arm): arm["kl_mean"] for arm in _arms(model, "perplexity")}
+        needles: dict[tuple[object, ...], list[Row]] = {}
+        for arm in _arms(model, "needle"):
+            needles.setdefault(_key(arm), []).append(arm["exact_match"])
+        keys = [(*arm, "nested") for arm in OVERVIEW]
+        cells = [_found(needles[key], texts[key]) if key in texts else "" for key in keys]
+        return f"| `{model}` | {needles[keys[0]][0]['n']} | {' | '.join(cells)} |"
+
+    return table(heads, map(line, measured("-drop-perplexity.json")))
+
+
+def _found(needles: list[Row], text: Row) -> str:
+    by_distractors = sorted(needles, key=lambda row: row["distractors"])
+    shares = ", ".join(f"{100 * row['value']:.1f}" for row in by_distractors)
+    return f"{shares}; {1e3 * text['value']:.3g}"
+
+
 def models() -> list[str]:
     """Every arm of every model that was measured to its end."""
     return [text for model in measured("-drop-perplexity.json") for text in every_arm(model)]
@@ -99,8 +132,8 @@ def every_arm(model: str) -> list[str]:
     return [f"### `{model}`", "", about, "", *table(heads, map(line, texts)), ""]
 
 
-def remedies() -> list[str]:
-    """Conditioned keys against raw, INT8, and plain and rotated tiers at the same budget."""
+def remedies(budget: str | None = None) -> list[str]:
+    """Conditioned keys against raw, INT8, and plain and rotated tiers; at one budget, or at all."""
     heads = ["model", "budget", "against", "KL ×10⁻³ [95 % CI]", "perplexity, % [95 % CI]"]
     heads += ["needle, points [90 % CI]"]
 
@@ -108,12 +141,14 @@ def remedies() -> list[str]:
         for model in measured("-compare-perplexity.json"):
             found = _comparisons(model, "perplexity")
             needles = _comparisons(model, "needle")
-            for (budget, versus), metrics in found.items():
+            for (at, versus), metrics in found.items():
+                if budget not in (None, at):
+                    continue
                 kl = _difference(metrics["kl_mean"], 1e3, "ci")
                 perplexity = _difference(metrics["perplexity"], 100, "ci")
-                exacts = needles[budget, versus]
+                exacts = needles[at, versus]
                 needle = "; ".join(_difference(row, 100, "ci90") for row in exacts.values())
-                yield f"| `{model}` | {budget} | {versus} | {kl} | {perplexity} | {needle} |"
+                yield f"| `{model}` | {at} | {versus} | {kl} | {perplexity} | {needle} |"
 
     return table(heads, lines())
 
