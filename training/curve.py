@@ -81,8 +81,10 @@ def _mark_stages(losses: Any, hits: Any, points: Sequence[Point]) -> None:
             str(point.length),
             (point.tokens / 1e6, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(2, -9),
+            xytext=(2, -2),
             textcoords="offset points",
+            rotation=90,  # stages may be shorter than their number is wide
+            verticalalignment="top",
             fontsize=7,
             color="0.4",
         )
