@@ -58,6 +58,7 @@ SECTIONS = {
         ),
         "deep-phase-routes": routes.decode_routes,
         "deep-phases": lambda: routes.phases("deep-routes-phases"),
+        "deep-phase-variants": lambda: routes.phases("deep-routes-phase-variants"),
         "deep-aware": lambda: quality.ruler("deep-routes-aware"),
         "deep-tiny": lambda: quality.ruler("deep-routes-tiny"),
         "deep-zoo": lambda: quality.ruler("deep-routes-zoo"),
