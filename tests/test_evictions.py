@@ -11,9 +11,9 @@ from strategies import NATIVE, cache, same_bits, view_of
 
 from kvprism.codec.stream import decode, encode
 from kvprism.core import Budget, Capability
-from kvprism.errors import BudgetTooSmall, CodecError, MissingSignal, UnknownName
-from kvprism.evictions import EVICTIONS
-from kvprism.planning import plan, plan_shape, smallest_nbytes
+from kvprism.errors import BadInput, BudgetTooSmall, CodecError, MissingSignal, UnknownName
+from kvprism.evictions import EVICTIONS, Protection
+from kvprism.planning import PlanOptions, plan, plan_shape, smallest_nbytes
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, signals_of
 from kvprism.tensors import LayerKV, LayerView, RequestKV
@@ -174,6 +174,38 @@ def test_below_the_protected_tokens_the_minimum_is_named(policy: str) -> None:
         assert planned(policy, Budget(needed), by_head).nbytes <= needed
         with pytest.raises(BudgetTooSmall, match=f"policy {policy!r}: .*at least {needed} "):
             planned(policy, Budget(needed - 1), by_head)
+
+
+@pytest.mark.parametrize("policy", EVICTIONS)
+@pytest.mark.parametrize("by_head", [False, True])
+def test_under_one_protection_all_policies_keep_the_same_ends(policy: str, by_head: bool) -> None:
+    capability = PER_HEAD if by_head else Capability()
+    options = PlanOptions(protection=Protection(5, 40))
+    chosen = plan(prompt_view(), policy, "0.45", options=options, capability=capability)
+    assert len(encode(prompt(), chosen)) == chosen.nbytes <= 0.45 * chosen.shape.reference_nbytes
+    for layer in range(LAYERS):
+        assert kept(chosen, layer)[:, :5].all() and kept(chosen, layer)[:, -40:].all()
+    needed = smallest_nbytes(prompt().shape(), policy, options)
+    assert needed > smallest_nbytes(prompt().shape(), policy)
+    dry = plan_shape(prompt().shape(), policy, Budget(needed), options)
+    assert dry.nbytes <= needed and dry.histogram()["native"] >= LAYERS * HEADS * 2 * 45
+    with pytest.raises(BudgetTooSmall, match=f"policy {policy!r}: .*at least {needed} "):
+        plan(prompt_view(), policy, Budget(needed - 1), options=options, capability=capability)
+
+
+def test_without_protection_the_last_tokens_may_go() -> None:
+    options = PlanOptions(protection=Protection(0, 0))
+    bare = plan(prompt_view(), "knorm", "0.2", options=options, capability=PER_HEAD)
+    best = scores("knorm", 0)[0].argsort()[::-1][: kept(bare, 0)[0].sum()]
+    assert set(np.flatnonzero(kept(bare, 0)[0])) == set(best)
+
+
+@pytest.mark.parametrize("text", ["36", "4,32", "4+", "-1+32", "4+32+1", ""])
+def test_protected_tokens_are_two_numbers(text: str) -> None:
+    with pytest.raises(BadInput, match="such as 4\\+32"):
+        Protection.parse(text)
+    with pytest.raises(BadInput, match="must not be negative"):
+        Protection(-1, 32)
 
 
 @pytest.mark.parametrize("policy", EVICTIONS)

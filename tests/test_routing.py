@@ -19,8 +19,15 @@ from kvprism.errors import (
     UnknownName,
     Unsupported,
 )
-from kvprism.evictions import EVICTIONS
-from kvprism.planning import PlanOptions, code_of, plan, plan_shape, smallest_nbytes
+from kvprism.evictions import EVICTIONS, Protection
+from kvprism.planning import (
+    DEFAULT_OPTIONS,
+    PlanOptions,
+    code_of,
+    plan,
+    plan_shape,
+    smallest_nbytes,
+)
 from kvprism.plans import Plan
 from kvprism.policies import signals_of
 from kvprism.profiles import Profile
@@ -52,9 +59,16 @@ def profile_of(*lines: str, policy: str = "polykv") -> Profile:
     return Profile("ab" * 32, routes=tuple(routes))
 
 
-def planned(profile: Profile, budget: str | Budget = "80tok", by_head: bool = True) -> Plan:
+def planned(
+    profile: Profile,
+    budget: str | Budget = "80tok",
+    by_head: bool = True,
+    options: PlanOptions = DEFAULT_OPTIONS,
+) -> Plan:
     capability = PER_HEAD if by_head else Capability()
-    return plan(prompt_view(), "polykv", budget, profile=profile, capability=capability)
+    return plan(
+        prompt_view(), "polykv", budget, options=options, profile=profile, capability=capability
+    )
 
 
 def kept(chosen: Plan, layer: int) -> NDArray[np.bool_]:
@@ -64,9 +78,13 @@ def kept(chosen: Plan, layer: int) -> NDArray[np.bool_]:
     return tiers["k"] == NATIVE
 
 
+@pytest.mark.parametrize("protection", [None, Protection(4, 36)])
 @pytest.mark.parametrize("by_head", [False, True])
-def test_every_layer_has_its_tokens_and_the_budget_is_exact(by_head: bool) -> None:
-    chosen = planned(profile_of(LINE), by_head=by_head)
+def test_every_layer_has_its_tokens_and_the_budget_is_exact(
+    by_head: bool, protection: Protection | None
+) -> None:
+    options = PlanOptions(protection=protection)
+    chosen = planned(profile_of(LINE), by_head=by_head, options=options)
     stream = encode(prompt(), chosen)
     limit = Budget.parse("80tok", chosen.shape).nbytes
     assert len(stream) == chosen.nbytes <= limit and chosen.policy == "polykv"
@@ -76,6 +94,8 @@ def test_every_layer_has_its_tokens_and_the_budget_is_exact(by_head: bool) -> No
     for layer, its in enumerate(parse_layers(LINE)):
         per_head = kept(chosen, layer).sum() / HEADS
         assert its.tokens is not None and its.tokens - missing <= per_head <= its.tokens
+        if protection is not None:
+            assert kept(chosen, layer)[:, :4].all() and kept(chosen, layer)[:, -36:].all()
     assert decode(stream, drop="per_head").next_position == TOKENS
 
 

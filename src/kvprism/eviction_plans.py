@@ -6,7 +6,7 @@ from kvprism.budgets import Given, budget_limit, required_budget, split_floor
 from kvprism.core import Budget, Capability, KVShape, Tier
 from kvprism.errors import BadInput
 from kvprism.evict import EvictionProblem, solve_eviction, solve_nominal_eviction
-from kvprism.evictions import eviction_problem
+from kvprism.evictions import Protection, eviction_problem
 from kvprism.layout import Split
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES
@@ -28,10 +28,11 @@ def plan_eviction(
     nominal: bool,
     capability: Capability,
     profile: Profile | None,
+    protection: Protection | None = None,
 ) -> Plan:
     """The plan of a row of `evictions.py`, or of a route; errors as `planning.plan`."""
     route = _route(policy, shape, budget, nominal, profile) if POLICIES[policy].routed else None
-    problem = _problem(policy, shape, view, menu, cut, capability, route)
+    problem = _problem(policy, shape, view, menu, cut, capability, route, protection)
     if nominal:
         return solve_nominal_eviction(problem, nominal_fraction(budget))
     return _within(problem, shape, budget)
@@ -44,22 +45,28 @@ def dry_eviction_plan(
     menu: tuple[Tier, ...],
     cut: Split,
     profile: Profile | None,
+    protection: Protection | None = None,
 ) -> Plan:
     """Without a prompt; a routed policy without a profile has equal shares."""
     routed = POLICIES[policy].routed and profile is not None
     route = _route(policy, shape, budget, False, profile) if routed else None
-    return _within(_dry_problem(policy, shape, menu, cut, route), shape, budget)
+    return _within(_dry_problem(policy, shape, menu, cut, route, protection), shape, budget)
 
 
 def smallest_eviction_nbytes(
-    policy: str, shape: KVShape, menu: tuple[Tier, ...], cut: Split, profile: Profile | None
+    policy: str,
+    shape: KVShape,
+    menu: tuple[Tier, ...],
+    cut: Split,
+    profile: Profile | None,
+    protection: Protection | None = None,
 ) -> int:
     """The smallest budget in bytes; by routes, the smallest that any of them serves."""
     if not POLICIES[policy].routed or profile is None:
-        return _dry_problem(policy, shape, menu, cut, None).plan(0).nbytes
+        return _dry_problem(policy, shape, menu, cut, None, protection).plan(0).nbytes
     return min(
         max(
-            _dry_problem(policy, shape, menu, cut, route).plan(0).nbytes,
+            _dry_problem(policy, shape, menu, cut, route, protection).plan(0).nbytes,
             reach_nbytes(shape, route),
         )
         for route in routes_of(shape, policy, profile)
@@ -74,18 +81,24 @@ def _problem(
     cut: Split,
     capability: Capability,
     route: Route | None,
+    protection: Protection | None,
 ) -> EvictionProblem:
     if route is None:
-        return eviction_problem(policy, shape, view, menu, cut, capability)
-    return routed_problem(route, shape, view, menu, cut, capability)
+        return eviction_problem(policy, shape, view, menu, cut, capability, protection)
+    return routed_problem(route, shape, view, menu, cut, capability, protection)
 
 
 def _dry_problem(
-    policy: str, shape: KVShape, menu: tuple[Tier, ...], cut: Split, route: Route | None
+    policy: str,
+    shape: KVShape,
+    menu: tuple[Tier, ...],
+    cut: Split,
+    route: Route | None,
+    protection: Protection | None,
 ) -> EvictionProblem:
     if POLICIES[policy].routed and route is None:
         route = dry_route(shape, policy)
-    return _problem(policy, shape, (), menu, cut, Capability(), route)
+    return _problem(policy, shape, (), menu, cut, Capability(), route, protection)
 
 
 def _within(problem: EvictionProblem, shape: KVShape, budget: Given | None) -> Plan:

@@ -4,6 +4,7 @@ All that a row says is about one layer, but for the split between layers, so tha
 take each layer's problem from another row and give the layers weights of its own.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvprism.core import Capability, KVShape, LayerShape, Tier
+from kvprism.errors import BadInput
 from kvprism.evict import EvictionProblem, Heads, LayerProblem, grants
 from kvprism.layout import Split
 from kvprism.merge import cam, d2o
@@ -41,6 +43,39 @@ Rewrite = Callable[[LayerView, LayerPlan], LayerKV]
 
 
 @dataclass(frozen=True)
+class Protection:
+    """How many of a prompt's first and last tokens every eviction policy keeps in any case.
+
+    Raises:
+        BadInput: a negative number.
+
+    Example:
+        >>> Protection.parse("4+32"), str(Protection(0, 1))
+        (Protection(sinks=4, recent=32), '0+1')
+    """
+
+    sinks: int
+    recent: int
+
+    def __post_init__(self) -> None:
+        if min(self.sinks, self.recent) < 0:
+            raise BadInput(f"protected tokens must not be negative, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.sinks}+{self.recent}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Protection":
+        """From `4+32`; `BadInput` for anything else."""
+        match = re.fullmatch(r"\s*([0-9]+)\s*\+\s*([0-9]+)\s*", text)
+        if match is None:
+            raise BadInput(
+                f"protected tokens are the first and the last of a prompt, such as 4+32: {text!r}"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
 class Eviction:
     """One row: what a token is worth, who shares the budget how, and what is kept in any case.
 
@@ -59,6 +94,12 @@ class Eviction:
     signals: frozenset[Signal] = frozenset()
     rewrite: Rewrite | None = None
     once: bool = False
+
+    def protecting(self, protection: Protection | None) -> "Eviction":
+        """The row with other tokens kept in any case; None: its own."""
+        if protection is None:
+            return self
+        return replace(self, sinks=protection.sinks, recent=protection.recent)
 
 
 EVICTIONS = Registry(
@@ -138,6 +179,7 @@ def eviction_problem(
     menu: tuple[Tier, ...],
     cut: Split,
     capability: Capability,
+    protection: Protection | None = None,
 ) -> EvictionProblem:
     """What `evict` solves for a policy; without a view it is a dry run.
 
@@ -148,7 +190,7 @@ def eviction_problem(
         MissingSignal: the capture lacks what the scorer needs.
         Unsupported: heads choose for themselves and components have other numbers of them.
     """
-    row = EVICTIONS[policy]
+    row = EVICTIONS[policy].protecting(protection)
     views: Sequence[LayerView | None] = view or [None] * len(shape.layers)
     layers = [
         layer_problem(row, layer, capability, seen)

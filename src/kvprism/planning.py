@@ -21,7 +21,7 @@ from kvprism.core import (
 )
 from kvprism.errors import BadInput, ProfileMismatch, Unsupported
 from kvprism.eviction_plans import dry_eviction_plan, plan_eviction, smallest_eviction_nbytes
-from kvprism.evictions import protected
+from kvprism.evictions import Protection, protected
 from kvprism.layout import Split, split_of
 from kvprism.plans import Plan
 from kvprism.policies import POLICIES, Policy
@@ -54,7 +54,8 @@ class PlanOptions:
     importance: `attention`, `position` or `norm`; decay: lambda per token of distance from the
     end; seed: for the random orders; codec: `nested` (ours), `conditioned` (the same with the
     profile's key conditioning), `published` (the papers' code), or what others have: `affine`,
-    `hadamard`, `grouped`; split: how the stream is cut, by default as `layout.split_of` says.
+    `hadamard`, `grouped`; split: how the stream is cut, by default as `layout.split_of` says;
+    protection: which tokens all eviction policies keep in any case, by default each its own.
 
     Raises:
         UnknownName: no such importance or codec.
@@ -66,6 +67,7 @@ class PlanOptions:
     seed: int = 0
     codec: str = "nested"
     split: Split | None = None
+    protection: Protection | None = None
 
     def __post_init__(self) -> None:
         SCORERS[self.importance], CODECS[self.codec]
@@ -134,7 +136,7 @@ def plan(
     if row.evicts:
         planned = plan_eviction(
             policy, shape, view, budget, options.menu, _cut(shape, options),
-            nominal=nominal, capability=capability, profile=profile,
+            nominal=nominal, capability=capability, profile=profile, protection=options.protection,
         )  # fmt: skip
     elif nominal and row.budgeted:
         problems = problems_of(policy, shape, view, options, code)
@@ -166,7 +168,8 @@ def plan_shape(
     row = POLICIES[policy]
     if row.evicts:
         cut = _cut(shape, options)
-        return dry_eviction_plan(policy, shape, budget, options.menu, cut, profile)
+        its = options.protection
+        return dry_eviction_plan(policy, shape, budget, options.menu, cut, profile, its)
     problems = _dry_problems(shape, policy, options, profile)
     return _solve(policy, problems, shape, budget if row.budgeted else None, profile)
 
@@ -181,7 +184,8 @@ def smallest_nbytes(
     row = POLICIES[policy]
     if row.evicts:
         cut = _cut(shape, options)
-        return smallest_eviction_nbytes(policy, shape, options.menu, cut, profile)
+        its = options.protection
+        return smallest_eviction_nbytes(policy, shape, options.menu, cut, profile, its)
     problems = _dry_problems(shape, policy, options, profile)
     if row.tempo == "per_layer":
         return smallest_layers(problems, shape, layer_shares(shape, profile))

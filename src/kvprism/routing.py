@@ -8,7 +8,7 @@ import numpy as np
 from kvprism.core import Capability, KVShape, LayerShape, Tier
 from kvprism.errors import BadInput, BudgetTooSmall, ProfileMismatch
 from kvprism.evict import EvictionProblem, LayerProblem, grants
-from kvprism.evictions import EVICTIONS, layer_problem
+from kvprism.evictions import EVICTIONS, Protection, layer_problem
 from kvprism.layout import Split
 from kvprism.profiles import Profile
 from kvprism.routes import FULL, REACH, LayerRoute, Route, nearest
@@ -93,6 +93,7 @@ def routed_problem(
     menu: tuple[Tier, ...],
     cut: Split,
     capability: Capability,
+    protection: Protection | None = None,
 ) -> EvictionProblem:
     """What `evict` solves for a route; without a view it is a dry run, ranked by recency.
 
@@ -106,7 +107,7 @@ def routed_problem(
     """
     views: Sequence[LayerView | None] = view or [None] * len(shape.layers)
     layers = [
-        routed_layer(its, layer, seen, capability)
+        routed_layer(its, layer, seen, capability, protection)
         for its, layer, seen in zip(route.layers, shape.layers, views, strict=True)
     ]
     weights = [_weight(layer, its) for layer, its in zip(layers, route.layers, strict=True)]
@@ -118,12 +119,14 @@ def routed_layer(
     shape: LayerShape,
     view: LayerView | None,
     capability: Capability,
+    protection: Protection | None = None,
 ) -> LayerProblem:
     """One layer of a route; without a view it is a dry run."""
     if its.policy == FULL:
         nothing = np.zeros((1, shape.n_tokens), np.float32)
         return LayerProblem(shape, nothing, np.ones(shape.n_tokens, np.bool_), "shared")
-    return layer_problem(EVICTIONS[its.policy], shape, capability, view)
+    row = EVICTIONS[its.policy].protecting(protection)
+    return layer_problem(row, shape, capability, view)
 
 
 def units_of(layer: LayerProblem, its: LayerRoute) -> int:

@@ -14,7 +14,7 @@ CONTRACT = shlex.split(
     "versions"
 )
 LABELS = shlex.split(
-    "codec importance fixed_rate wire_only reason subtask query_aware phase decode"
+    "codec importance fixed_rate wire_only reason subtask query_aware phase decode protection"
 )
 TABLE_COLUMNS = 120
 
@@ -180,6 +180,34 @@ def test_ruler_with_the_question_known_says_so(run: Run, tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     assert all(row["query_aware"] for row in read_json(tmp_path / "rows.json"))
     assert "ruler (query-aware): 200 tokens, needle, n = 11" in result.stdout
+
+
+def test_policies_under_one_protection_say_so(run: Run, tmp_path: Path) -> None:
+    """KeyDiff keeps one token of its own; under 4+32 as many bytes, other tokens."""
+    records, files = tmp_path / "records.jsonl", {}
+    for protect in (None, "4+32"):
+        files[protect] = tmp_path / f"{protect}.json"
+        given = [] if protect is None else ["--protect", protect, "--records", records]
+        result = run("eval", "ruler", "--model", "tiny", "--length", 200, "--trials", 1, "--task",
+                     "needle", "--policy", "raw,keydiff", "--budget", "64tok",
+                     "--json", files[protect], *given)  # fmt: skip
+        assert result.exit_code == 0, result.output
+    assert "ruler (protecting 4+32): 200 tokens, needle, n = 11" in result.stdout
+    own, same = (read_json(path) for path in files.values())
+    assert {row["protection"] for row in own} == {None}
+    assert {row["protection"] for row in same} == {"4+32"}
+    sizes, losses = (
+        [[r[field] for r in rows if (r["policy"], r["metric"]) == ("keydiff", "kl_mean")]
+         for rows in (own, same)]
+        for field in ("wire_bytes", "value")
+    )  # fmt: skip
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02) and losses[0] != losses[1]
+    result = run("eval", "compare", records, "--policy", "keydiff", "--versus", "raw")
+    assert "ruler (protecting 4+32), exact match %: keydiff against others" in result.stdout
+    result = run("eval", "recovery", records, "--policy", "keydiff", "--versus", "keydiff")
+    assert "protecting 4+32" in result.stdout
+    result = run("eval", "ruler", "--model", "tiny", "--protect", "36")
+    assert result.exit_code == 2 and "such as 4+32: '36'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_row_has_the_contracts_keys(tmp_path: Path) -> None:
     contract = """task model policy budget metric value baseline delta ci_low ci_high n
         wire_bytes reference_bytes fraction fraction_native resident_bytes length distractors seed
         commit versions reason codec importance fixed_rate wire_only subtask query_aware
-            phase decode"""
+            phase decode protection"""
     assert set(row) == set(contract.split())
     assert row["budget"] is row["reason"] is None
 

@@ -23,6 +23,7 @@ from kvprism.evaluate.rows import Row, write_rows
 from kvprism.evaluate.ruler import SUBTASKS, Ruler
 from kvprism.evaluate.summary import Comparison, compare, rows_of
 from kvprism.evaluate.texts import read_text
+from kvprism.evictions import Protection
 from kvprism.integrations.hf import load_config, shape_of
 from kvprism.planning import PlanOptions, code_of
 from kvprism.policies import POLICIES
@@ -70,12 +71,16 @@ def parse_arms(given: EvaluationOptions) -> tuple[Arm, ...]:
 
     Raises:
         UnknownName: no such policy, importance or codec.
-        BadInput: a budgeted policy and no budget, or a file that is no profile.
+        BadInput: a budgeted policy and no budget, a file that is no profile, or protected tokens
+            that are no two numbers.
         Unsupported: a policy that does not evict while tokens are generated.
         ProfileMismatch: a profile that was edited, of another version, or without a route that a
             decode phase follows.
     """
-    options = PlanOptions(importance=given.importance, codec=given.codec, seed=given.seed)
+    protection = None if given.protect is None else Protection.parse(given.protect)
+    options = PlanOptions(
+        importance=given.importance, codec=given.codec, seed=given.seed, protection=protection
+    )
     saved = None if given.profile is None else SavedProfile.named(given.profile)
     decode = decode_phases(given.decode_policy, given.decode_budget, saved)
     return arms_of(names(given.policy), names(given.budget), options, saved, decode)
@@ -204,7 +209,10 @@ def _cell(figure: Row | Comparison | Recovery) -> str:
 
 
 def _protocol(figure: Row | Comparison | Recovery) -> str:
-    return " (query-aware)" if figure.query_aware else ""
+    parts = ["query-aware"] if figure.query_aware else []
+    if figure.protection is not None:
+        parts.append(f"protecting {figure.protection}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _line(arm: list[Row]) -> list[str]:
@@ -250,9 +258,9 @@ def show_comparisons(comparisons: Sequence[Comparison]) -> None:
         console.say(note)
 
 
-def _table(c: Comparison) -> tuple[str, bool, int]:
+def _table(c: Comparison) -> tuple[object, ...]:
     """What a table of comparisons has in common; in the order of the tables."""
-    return c.task, c.query_aware, list(HEADINGS).index(c.metric)
+    return c.task, c.query_aware, c.protection, list(HEADINGS).index(c.metric)
 
 
 def _parts(c: Comparison) -> list[tuple[str, str]]:

@@ -112,6 +112,14 @@ DecodeBudget = Annotated[
     str | None,
     typer.Option("--decode-budget", help="What a layer may hold then, such as 256tok."),
 ]
+Protect = Annotated[
+    str | None,
+    typer.Option(
+        "--protect",
+        help="4+32: all eviction policies keep the first 4 and the last 32 tokens of a prompt, so "
+        "that they differ by their choice alone; by default each keeps its own.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
 Records = Annotated[
     Path | None,
@@ -131,6 +139,7 @@ class EvaluationOptions:
     cache_dtype: CacheDtype = "bfloat16"
     decode_policy: DecodePolicy = None
     decode_budget: DecodeBudget = None
+    protect: Protect = None
     seed: Seed = 0
     records: Records = None
     json: Json = None

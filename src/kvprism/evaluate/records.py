@@ -24,13 +24,18 @@ Progress = Callable[[int, int], None]
 
 
 class ArmKey(NamedTuple):
-    """What tells two arms of one run apart; decode: its decode phase, such as `h2o@256tok`."""
+    """What tells two arms of one run apart.
+
+    decode: its decode phase, such as `h2o@256tok`; protection: `4+32` where eviction policies keep
+    other tokens in any case than their own.
+    """
 
     policy: str
     budget: float | str | None
     codec: str
     importance: str
     decode: str | None = None
+    protection: str | None = None
 
 
 class CellKey(NamedTuple):
@@ -115,7 +120,9 @@ def header_of(task: str, model: str, seed: int, configuration: Any, found: Prove
 def key_of(arm: Arm) -> ArmKey:
     """The arm as records name it."""
     decode = None if arm.decode is None else label_of(arm.decode)
-    return ArmKey(arm.policy, arm.budget, arm.options.codec, arm.options.importance, decode)
+    its = arm.options
+    protection = None if its.protection is None else str(its.protection)
+    return ArmKey(arm.policy, arm.budget, its.codec, its.importance, decode, protection)
 
 
 def record_of(document: str, cell: CellKey, arm: Arm, found: Outcome | BudgetTooSmall) -> Record:

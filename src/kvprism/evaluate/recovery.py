@@ -44,6 +44,7 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     p: float | None = None
     differences: dict[str, float] = {}
     reason: str | None = None
+    protection: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +133,7 @@ def _recovery(
         query_aware=cell.query_aware,
         n=cell.n,
         budgets=tuple(str(arm.budget) for arm, _ in pairs),
+        protection=pairs[0][0].protection,
     )
     full = cell.outcomes(cell.baseline(pairs[0][0]))
     ours, theirs = ([cell.outcomes(pair[side]) for pair in pairs] for side in (0, 1))

@@ -30,6 +30,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     them. query_aware: the plan was made knowing the question. phase: which phases compress or evict
     (`none`, `prefill`, `decode`, `both`; null in rows that are older than the field); decode: the
     decode phase, such as `h2o@256tok`, under which resident_bytes is what is held at the end.
+    protection: `4+32`, what eviction policies keep in any case where it is not each one's own.
 
     Raises:
         BadInput: a number that JSON cannot hold (not finite).
@@ -65,6 +66,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     query_aware: bool = False
     phase: Phase | None = None
     decode: str | None = None
+    protection: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

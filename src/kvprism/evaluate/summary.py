@@ -127,6 +127,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     subtask: str | None = None
     query_aware: bool = False
     decode: str | None = None
+    protection: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +269,7 @@ def _row(cell: Cell, arm: ArmKey, metric: Metric) -> Row:
         query_aware=cell.query_aware,
         phase=_phase(arm),
         decode=arm.decode,
+        protection=arm.protection,
     )
 
 
@@ -353,7 +355,7 @@ def pairs(cell: Cell, policy: str, versus: str) -> list[tuple[ArmKey, ArmKey]]:
         (arm, other)
         for arm in _named(cell, policy)
         for other in _named(cell, versus)
-        if arm[3:] == other[3:]  # importance and decode phase
+        if arm[3:] == other[3:]  # importance, decode phase and protection
         and (arm.budget == other.budget or None in (arm.budget, other.budget))
     ]
 
@@ -391,6 +393,7 @@ def _comparison(cell: Cell, arm: ArmKey, other: ArmKey, metric: Metric) -> Compa
         subtask=cell.key.subtask,
         query_aware=cell.query_aware,
         decode=arm.decode,
+        protection=arm.protection,
         **figures,
     )
 
