@@ -56,6 +56,18 @@ SECTIONS = {
         "deep-controls": lambda: routes.controls(
             *(f"deep-routes-compare-controls-{tokens}" for tokens in routes.CONTROLLED)
         ),
+        "deep-protected": lambda: routes.protections(
+            ("layer-defensivekv", "cake", "polykv-best"),
+            "deep-routes",
+            "deep-routes-protecting-4-32",
+            "deep-routes-protecting-0-1",
+        ),
+        "deep-protected-4-32": lambda: routes.recovery(
+            "deep-routes-compare-recovery-protecting-4-32", subtasks=False
+        ),
+        "deep-protected-0-1": lambda: routes.recovery(
+            "deep-routes-compare-recovery-protecting-0-1", subtasks=False
+        ),
         "deep-phase-routes": routes.decode_routes,
         "deep-phases": lambda: routes.phases("deep-routes-phases"),
         "deep-phase-variants": lambda: routes.phases("deep-routes-phase-variants"),

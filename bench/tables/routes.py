@@ -82,9 +82,28 @@ def recovery(*names: str, subtasks: bool = True) -> list[str]:
     return table(heads, lines())
 
 
+def _averages(name: str) -> list[Row]:
+    return [r for r in rows(name) if (r["metric"], r["subtask"]) == ("exact_match", "average")]
+
+
+def protections(policies: Sequence[str], *names: str) -> list[str]:
+    """Policies on the same cases, with the tokens of their own protected and with the same ones."""
+    heads = ["policy", "kept in any case", *(f"{tokens}tok" for tokens in CONTROLLED)]
+
+    def lines() -> Iterator[str]:
+        for policy in policies:
+            for name in names:
+                found = [row for row in _averages(name) if row["policy"] == policy]
+                ends = found[0].get("protection") or "its own"
+                cells = [f"`{policy}`", ends, *(exact(row) for row in found)]
+                yield f"| {' | '.join(cells)} |"
+
+    return table(heads, lines())
+
+
 def on_test(name: str) -> list[str]:
     """Every policy's average over subtasks at each budget, the highest sum first."""
-    found = [r for r in rows(name) if (r["metric"], r["subtask"]) == ("exact_match", "average")]
+    found = _averages(name)
     budgets = list(dict.fromkeys(row["budget"] for row in found if row["budget"]))
     scores: dict[str, list[float]] = {}
     for row in found:
