@@ -204,6 +204,9 @@ def test_without_protection_the_last_tokens_may_go() -> None:
 def test_protected_tokens_are_two_numbers(text: str) -> None:
     with pytest.raises(BadInput, match="such as 4\\+32"):
         Protection.parse(text)
+
+
+def test_no_fewer_than_no_tokens_are_protected() -> None:
     with pytest.raises(BadInput, match="must not be negative"):
         Protection(-1, 32)
 

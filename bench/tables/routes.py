@@ -91,9 +91,10 @@ def protections(policies: Sequence[str], *names: str) -> list[str]:
     heads = ["policy", "kept in any case", *(f"{tokens}tok" for tokens in CONTROLLED)]
 
     def lines() -> Iterator[str]:
+        averages = [_averages(name) for name in names]
         for policy in policies:
-            for name in names:
-                found = [row for row in _averages(name) if row["policy"] == policy]
+            for every in averages:
+                found = [row for row in every if row["policy"] == policy]
                 ends = found[0].get("protection") or "its own"
                 cells = [f"`{policy}`", ends, *(exact(row) for row in found)]
                 yield f"| {' | '.join(cells)} |"

@@ -87,9 +87,7 @@ def overview() -> list[str]:
 
     def line(model: str) -> str:
         texts = {_key(arm): arm["kl_mean"] for arm in _arms(model, "perplexity")}
-        needles: dict[tuple[object, ...], list[Row]] = {}
-        for arm in _arms(model, "needle"):
-            needles.setdefault(_key(arm), []).append(arm["exact_match"])
+        needles = _needles(model)
         keys = [(*arm, "nested") for arm in OVERVIEW]
         cells = [_found(needles[key], texts[key]) if key in texts else "" for key in keys]
         return f"| `{model}` | {needles[keys[0]][0]['n']} | {' | '.join(cells)} |"
@@ -98,8 +96,7 @@ def overview() -> list[str]:
 
 
 def _found(needles: list[Row], text: Row) -> str:
-    by_distractors = sorted(needles, key=lambda row: row["distractors"])
-    shares = ", ".join(f"{100 * row['value']:.1f}" for row in by_distractors)
+    shares = ", ".join(f"{100 * row['value']:.1f}" for row in needles)
     return f"{shares}; {1e3 * text['value']:.3g}"
 
 
@@ -110,21 +107,20 @@ def models() -> list[str]:
 
 def every_arm(model: str) -> list[str]:
     texts = _arms(model, "perplexity")
-    needles = _arms(model, "needle")
-    cells = sorted({arm["exact_match"]["distractors"] for arm in needles})
+    needles = _needles(model)
+    of_raw = needles[_key(texts[0])]
     heads = ["policy", "budget", "of 16-bit", "KL to raw ×10⁻³", "perplexity change, %"]
-    heads += [f"needle, {n} distractors" for n in cells]
+    heads += [f"needle, {row['distractors']} distractors" for row in of_raw]
 
     def line(text: Arm) -> str:
-        found = [arm["exact_match"] for arm in needles if _key(arm) == _key(text)]
-        exacts = " | ".join(exact(row) for row in sorted(found, key=lambda r: r["distractors"]))
+        exacts = " | ".join(map(exact, needles[_key(text)]))
         kl, perplexity = (
             value(text["kl_mean"], 1e3, "{:.3f}"),
             change(text["perplexity"], "{:+.2f}"),
         )
         return f"{label(text['kl_mean'])} {kl} | {perplexity} | {exacts} |"
 
-    first, needle = texts[0]["kl_mean"], needles[0]["exact_match"]
+    first, needle = texts[0]["kl_mean"], of_raw[0]
     about = (
         f"{first['n']} documents of {first['length']} + 512 tokens, {needle['n']} needles a cell "
         f"in {needle['length']} tokens. Commit `{first['commit'][:12]}`, {versions(first)}."
@@ -157,6 +153,14 @@ def _arms(model: str, task: str) -> list[Arm]:
     """Of both runs of a task; raw, from which both start, once."""
     tiers, drop = (arms(rows(f"{model}-{run}-{task}", folder=ZOO)) for run in ("tiers", "drop"))
     return [*tiers, *(arm for arm in drop if _key(arm)[0] != "raw")]
+
+
+def _needles(model: str) -> dict[tuple[object, ...], list[Row]]:
+    """Each arm's needles, those without distractors first."""
+    found: dict[tuple[object, ...], list[Row]] = {}
+    for arm in sorted(_arms(model, "needle"), key=lambda arm: arm["exact_match"]["distractors"]):
+        found.setdefault(_key(arm), []).append(arm["exact_match"])
+    return found
 
 
 def _key(arm: Arm) -> tuple[object, ...]:

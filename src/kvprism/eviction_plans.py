@@ -28,7 +28,7 @@ def plan_eviction(
     nominal: bool,
     capability: Capability,
     profile: Profile | None,
-    protection: Protection | None = None,
+    protection: Protection | None,
 ) -> Plan:
     """The plan of a row of `evictions.py`, or of a route; errors as `planning.plan`."""
     route = _route(policy, shape, budget, nominal, profile) if POLICIES[policy].routed else None
@@ -45,7 +45,7 @@ def dry_eviction_plan(
     menu: tuple[Tier, ...],
     cut: Split,
     profile: Profile | None,
-    protection: Protection | None = None,
+    protection: Protection | None,
 ) -> Plan:
     """Without a prompt; a routed policy without a profile has equal shares."""
     routed = POLICIES[policy].routed and profile is not None
@@ -59,7 +59,7 @@ def smallest_eviction_nbytes(
     menu: tuple[Tier, ...],
     cut: Split,
     profile: Profile | None,
-    protection: Protection | None = None,
+    protection: Protection | None,
 ) -> int:
     """The smallest budget in bytes; by routes, the smallest that any of them serves."""
     if not POLICIES[policy].routed or profile is None:

@@ -179,7 +179,7 @@ def eviction_problem(
     menu: tuple[Tier, ...],
     cut: Split,
     capability: Capability,
-    protection: Protection | None = None,
+    protection: Protection | None,
 ) -> EvictionProblem:
     """What `evict` solves for a policy; without a view it is a dry run.
 

@@ -93,7 +93,7 @@ def routed_problem(
     menu: tuple[Tier, ...],
     cut: Split,
     capability: Capability,
-    protection: Protection | None = None,
+    protection: Protection | None,
 ) -> EvictionProblem:
     """What `evict` solves for a route; without a view it is a dry run, ranked by recency.
 
