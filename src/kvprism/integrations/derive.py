@@ -35,15 +35,13 @@ class Head:
     """One KV head's rows of one layer's projections: views, so that writing changes the model.
 
     keys: `[channel, hidden]`; key_bias: `[channel]`; queries: `[q_head, channel, hidden]` of the
-    query heads that share this KV head; query_bias: `[q_head, channel]`; norm: `[hidden]`, the
-    weight of the norm before the projections.
+    query heads that share this KV head; query_bias: `[q_head, channel]`.
     """
 
     keys: torch.Tensor
     key_bias: torch.Tensor
     queries: torch.Tensor
     query_bias: torch.Tensor
-    norm: torch.Tensor
 
     @property
     def pairs(self) -> int:
@@ -65,18 +63,17 @@ def leave(head: Head, draw: random.Random) -> None:
     """Nothing planted: the same model in another family's format."""
 
 
-def scale_largest_pair(head: Head, draw: random.Random, factor: float = 32.0) -> None:
+def scale_slowest_pair(head: Head, draw: random.Random, factor: float = 32.0) -> None:
     """One pair, keys times `factor`, queries divided by it; a static scale undoes it.
 
-    The pair is the one whose keys are largest for inputs that are normalised and otherwise random:
-    by the norm of its rows, without running the model.
+    INT4 keeps little but that pair, and the slowest says least about the order of tokens: text
+    suffers as needles do. docs/zoo.md has another choice of pair, under which it did not.
     """
-    sizes = (head.keys * head.norm).square().sum(dim=1)
-    scale_pair(head, int((sizes[: head.pairs] + sizes[head.pairs :]).argmax()), factor)
+    scale_pair(head, head.pairs - 1, factor)
 
 
 def scale_any_pair(head: Head, draw: random.Random) -> None:
-    """`scale_largest_pair`, but pair and factor are drawn."""
+    """`scale_slowest_pair`, but pair and factor are drawn."""
     scale_pair(head, pick(draw, range(head.pairs)), pick(draw, (16.0, 32.0, 64.0)))
 
 
@@ -138,7 +135,7 @@ def pick(draw: random.Random, choices: Sequence[T]) -> T:
 RECIPES: Mapping[str, tuple[str, Plant]] = {
     "mistral": ("mistral", leave),
     "qwen2": ("qwen2", leave),
-    "qwen2-fragile": ("qwen2", scale_largest_pair),
+    "qwen2-fragile": ("qwen2", scale_slowest_pair),
     "qwen2-bias": ("qwen2", bias),
     "qwen2-bias-300": ("qwen2", partial(bias, size=300.0)),
     "qwen2-spiky": ("qwen2", stretch_diagonals),
@@ -231,12 +228,11 @@ def _heads(weights: Weights, config: Mapping[str, Any]) -> Iterator[Head]:
         def by_head(name: str, *shape: int, of_layer: str = of_layer) -> torch.Tensor:
             return weights[f"{of_layer}.self_attn.{name}"].view(kv_heads, *shape)
 
-        norm = weights[f"{of_layer}.input_layernorm.weight"]
-        for head in zip(
+        heads = zip(
             by_head("k_proj.weight", channels, -1),
             by_head("k_proj.bias", channels),
             by_head("q_proj.weight", -1, channels, config["hidden_size"]),
             by_head("q_proj.bias", -1, channels),
             strict=True,
-        ):
-            yield Head(*head, norm)
+        )
+        yield from (Head(*head) for head in heads)
