@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from strategies import DROP, NATIVE, cache, view_of
+from strategies import DROP, INT4, INT8, NATIVE, cache, view_of
 from test_policies import PROFILE, TOKENS, planned, profile_with, prompt, prompt_view, tiers_of
 
 from kvprism.codec.stream import decode, encode
@@ -50,7 +50,7 @@ def test_adaptive_does_what_the_probe_says(
     assert chosen.nbytes == expected.nbytes
 
 
-def test_a_layer_without_int4_follows_two_tiers_at_the_others_b() -> None:
+def test_a_layer_without_int4_follows_two_tiers() -> None:
     profile = profile_with("plain", "no-int4", "conditioned")
     view, kv = prompt_view(), prompt()
     for budget in (0.3, 0.4, 0.6):
@@ -61,6 +61,7 @@ def test_a_layer_without_int4_follows_two_tiers_at_the_others_b() -> None:
         got = decode(stream, profile=profile)
         assert [len(got.layers[i].positions) for i in (0, 2)] == [TOKENS, TOKENS]
         assert len(got.layers[1].positions) == TOKENS - len(indices_in(chosen, 1, DROP))
+        assert not indices_in(chosen, 1, INT4)
     nominal = plan(view, "spectrum-adaptive", 0.3, nominal=True, profile=profile)
     three, two = (plan(view, name, 0.3, nominal=True) for name in ("spectrum", "spectrum-2tier"))
     assert (tiers_of(nominal, 0) == tiers_of(three, 0)).all()
@@ -68,6 +69,19 @@ def test_a_layer_without_int4_follows_two_tiers_at_the_others_b() -> None:
     assert (tiers_of(nominal, 2) == tiers_of(three, 2)).all()
     with pytest.raises(Unsupported, match="layer 1 drops tokens"):
         plan(view, "spectrum-adaptive", 0.3, profile=profile, capability=Capability(drop="none"))
+
+
+def test_a_layer_without_int4_is_served_before_the_others_leave_int4() -> None:
+    profile = profile_with("plain", "no-int4", "conditioned")
+    plans = [
+        plan(prompt_view(), "spectrum-adaptive", budget / 100, profile=profile)
+        for budget in range(35, 60)
+    ]
+    dropped = [len(indices_in(chosen, 1, DROP)) for chosen in plans]
+    better = [[len(indices_in(chosen, layer, INT8)) for layer in (0, 2)] for chosen in plans]
+    assert dropped[0] and dropped == sorted(dropped, reverse=True) and not dropped[-1]
+    assert all(counts == [0, 0] for counts, its in zip(better, dropped, strict=True) if its > 1)
+    assert any(all(counts) for counts in better)
 
 
 def indices_in(chosen: Plan, layer: int, tier: int) -> list[int]:

@@ -20,6 +20,8 @@ from kvprism.solve import (
     BALANCED,
     EVICT,
     GREEDY,
+    INT4_WAITS,
+    INT8_FIRST,
     TWO_TIER,
     Family,
     TokenProblem,
@@ -91,8 +93,22 @@ def test_the_numbers_of_the_paper(family: Family, b: float, expected: tuple[int,
 
 
 def test_families_know_whether_they_drop() -> None:
-    drops = {f.name: f.drops for f in (*BUDGETED, ALL_NATIVE, ALL_INT8, ALL_INT4)}
-    assert [name for name, value in drops.items() if value] == ["two-tier", "native-or-drop"]
+    families = (*BUDGETED, INT8_FIRST, INT4_WAITS, ALL_NATIVE, ALL_INT8, ALL_INT4)
+    drops = {f.name for f in families if f.drops}
+    assert drops == {"two-tier", "native-or-drop", "two-tier first"}
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_tokens_at_int4_wait_until_the_other_family_drops_none(n: int) -> None:
+    steps = [0.25 + step / 4000 for step in range(3001)]
+    both = [(INT8_FIRST.counts(b, n), INT4_WAITS.counts(b, n)) for b in steps]
+    assert both[0] == (TWO_TIER.counts(0.25, n), GREEDY.counts(0.25, n))
+    assert both[-1] == ((n, 0, 0), (n, 0, 0))
+    assert all(sum(first) == n or waits == (0, 0, n) for first, waits in both)
+    assert all(first == waits for b, (first, waits) in zip(steps, both, strict=True) if b > 0.5)
+    for family in range(2):
+        costs = [sum(COST[t] * c for t, c in enumerate(pair[family])) for pair in both]
+        assert costs == sorted(costs)
 
 
 def problem_of(

@@ -32,6 +32,8 @@ from kvprism.score import DECAY, SCORERS, check_decay, ranking
 from kvprism.solve import (
     ALL_NATIVE,
     EVICT,
+    INT4_WAITS,
+    INT8_FIRST,
     TWO_TIER,
     Pinned,
     TokenProblem,
@@ -107,8 +109,9 @@ def plan(
     `spectrum-adaptive` follows the settings of the profile's probe. With a `conditioned` layer
     among them the request is in the conditioned code, and since a request has one quantised code, a
     `plain` layer for which the profile has a conditioning is conditioned too. A `no-int4` layer
-    follows the 2-tier curve at the same nominal b, so that below b = 0.5 it drops tokens that the
-    other layers keep.
+    follows the 2-tier curve, so that it may drop tokens that the other layers keep; what the budget
+    has beyond all others at INT4 goes to it first, until it drops none. A nominal budget is each
+    layer's own.
 
     Eviction policies rank and choose in every layer by itself: by head where the receiver's
     capability is `per_head`, else the same tokens in all heads, by the mean of their scores.
@@ -139,7 +142,7 @@ def plan(
             nominal=nominal, capability=capability, profile=profile, protection=options.protection,
         )  # fmt: skip
     elif nominal and row.budgeted:
-        problems = problems_of(policy, shape, view, options, code)
+        problems = problems_of(policy, shape, view, options, code, paced=False)
         planned = _solve_nominal(row, problems, shape, nominal_fraction(budget))
     else:
         problems = problems_of(policy, shape, view, options, code)
@@ -310,8 +313,13 @@ def problems_of(
     view: Sequence[LayerView],
     options: PlanOptions,
     code: Code,
+    *,
+    paced: bool = True,
 ) -> list[TokenProblem]:
-    """One problem for each token range, or for each layer; without a view it is a dry run."""
+    """One problem for each token range, or for each layer; without a view it is a dry run.
+
+    paced: layers without INT4 are served before the others' tokens go to INT8.
+    """
     split = _cut(shape, options)
     if POLICIES[policy].tempo == "per_layer":
         groups = [[layer] for layer in shape.layers]
@@ -326,18 +334,27 @@ def problems_of(
         for group in groups
     ]
     problems = [replace(problem, split=split) for problem in problems]
-    return _without_int4(problems, shape, code) if code.no_int4 else problems
+    return _without_int4(problems, shape, code, paced) if code.no_int4 else problems
 
 
 def _without_int4(
-    problems: Sequence[TokenProblem], shape: KVShape, code: Code
+    problems: Sequence[TokenProblem], shape: KVShape, code: Code, paced: bool
 ) -> list[TokenProblem]:
     """One problem per layer: that of its token range, on the 2-tier curve where INT4 is off."""
-    plain = dict(zip(shape.token_ranges, problems, strict=True))
-    strict = {tokens: replace(problem, family=TWO_TIER) for tokens, problem in plain.items()}
+    off = [layer.layer_id in code.no_int4 for layer in shape.layers]
+    paced = paced and not all(off)
+    families = {
+        True: INT8_FIRST if paced else TWO_TIER,
+        False: INT4_WAITS if paced else problems[0].family,
+    }
+    problem_of = {
+        (tokens, strict): replace(problem, family=family)
+        for tokens, problem in zip(shape.token_ranges, problems, strict=True)
+        for strict, family in families.items()
+    }
     return [
-        (strict if layer.layer_id in code.no_int4 else plain)[layer.token_range]
-        for layer in shape.layers
+        problem_of[layer.token_range, strict]
+        for layer, strict in zip(shape.layers, off, strict=True)
     ]
 
 

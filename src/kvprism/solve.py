@@ -92,6 +92,16 @@ def two_tier(b: float, n: int) -> TierCounts:
     return greedy(b, n)
 
 
+def int8_first(b: float, n: int) -> TierCounts:
+    """2-tier beside `int4_waits`: it takes more of their budget first, until it drops nothing."""
+    return two_tier(min(2 * b - 0.25, 0.5) if b <= 0.5 else b, n)
+
+
+def int4_waits(b: float, n: int) -> TierCounts:
+    """Greedy beside `int8_first`: all INT4 while that has tokens left to keep."""
+    return greedy(max(0.25, 2 * b - 0.5) if b <= 0.5 else b, n)
+
+
 def native_or_drop(b: float, n: int) -> TierCounts:
     """Eviction: a share b of the tokens native, the rest dropped."""
     return TierCounts(_floor(b, n), 0, 0)
@@ -100,6 +110,8 @@ def native_or_drop(b: float, n: int) -> TierCounts:
 GREEDY = Family("greedy", 0.25, greedy)
 BALANCED = Family("balanced", 0.25, balanced)
 TWO_TIER = Family("two-tier", 0.0, two_tier)
+INT8_FIRST = Family("two-tier first", 0.25, int8_first)
+INT4_WAITS = Family("greedy after two-tier", 0.25, int4_waits)
 EVICT = Family("native-or-drop", 0.0, native_or_drop)
 ALL_NATIVE = Family("all native", 1.0, lambda b, n: TierCounts(n, 0, 0))
 ALL_INT8 = Family("all INT8", 1.0, lambda b, n: TierCounts(0, n, 0))
