@@ -60,7 +60,9 @@ def probes() -> list[str]:
         probe = json.loads((ZOO / f"{model}.probe.json").read_text())
         shares = [share(probe.get(arm)) for arm in ("raw", "published", "ours", "conditioned")]
         layers = ", ".join(map(str, probe["outlier_layers"])) or "none"
-        return f"| `{model}` | {' | '.join(shares)} | {layers} | {probe['recommended']} |"
+        whole = probe.get("keeps_all_from")
+        drops = "" if whole is None else f"; drops none from {whole:.2f} on"
+        return f"| `{model}` | {' | '.join(shares)} | {layers} | {probe['recommended']}{drops} |"
 
     return table(heads, map(line, measured(".probe.json")))
 

@@ -121,6 +121,7 @@ def test_without_a_remedy_int4_is_switched_off(collapsed: ProbeReport) -> None:
     assert collapsed.recommended == "spectrum-2tier (0-3: no-int4)"
     assert str(collapsed.published) in collapsed.reason
     assert "key channel 3" in collapsed.reason and "no key conditioning" in collapsed.reason
+    assert collapsed.keeps_all_from == 0.52  # all tokens at INT8 take 0.516
     assert collapsed.record.settings == ("no-int4",) * 4
     assert (collapsed.record.int4, collapsed.record.conditioned) == ("no", "inconclusive")
 
@@ -131,7 +132,7 @@ def test_a_conditioning_that_undoes_the_defect_brings_int4_back(repaired: ProbeR
     assert (repaired.conditioned.successes, repaired.conditioned.int4) == (3, "yes")
     assert repaired.conditioned.fraction <= 0.30
     assert repaired.recommended == "spectrum-conditioned (0-3: conditioned)"
-    assert repaired.verdict == "conditioned"
+    assert repaired.verdict == "conditioned" and repaired.keeps_all_from is None
     assert repaired.confirmed == repaired.conditioned
     assert (repaired.record.int4, repaired.record.conditioned) == ("no", "yes")
     assert repaired.conditioned.kl < repaired.ours.kl / 10
@@ -148,6 +149,14 @@ def test_a_defect_that_the_needles_miss_shows_in_the_attention(one_fragile: Load
     assert report.recommended == "spectrum-adaptive (0-2: plain, 3: conditioned)"
     assert report.confirmed.int4 == "yes"
     assert report.confirmed.kl < report.ours.kl / 2
+
+
+def test_a_layer_without_a_remedy_alone_loses_int4(one_fragile: LoadedModel) -> None:
+    report = probe(one_fragile, context=CONTEXT)
+    assert report.recommended == "spectrum-adaptive (0-2: plain, 3: no-int4)"
+    # Three layers at INT4 and one at INT8 take (3 x 0.266 + 0.516) / 4 = 0.329, the sinks 0.002.
+    assert report.keeps_all_from == 0.34
+    assert report.confirmed.int4 == "yes"
 
 
 def test_a_model_that_finds_no_needle_is_inconclusive(subject: LoadedModel) -> None:

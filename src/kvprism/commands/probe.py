@@ -140,6 +140,8 @@ def show_probe(result: Probed) -> None:
     console.table(title, [*columns, "outlier key channels"], lines)
     console.say(f"verdict: {report.verdict}. {report.reason}")
     console.say(f"recommended: {report.recommended}")
+    if report.keeps_all_from is not None:
+        console.say(f"from {report.keeps_all_from:.0%} of 16 bits on it drops no token")
 
 
 def _needle_lines(report: ProbeReport) -> Iterator[list[str]]:

@@ -15,6 +15,7 @@ Where the model itself misses a needle at 16 bits the needles confirm nothing: `
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Literal
 
 import msgspec
@@ -35,7 +36,7 @@ from kvprism.evaluate.measure import Case, LoadedModel, check_fits, continue_on,
 from kvprism.evaluate.needle import case_of
 from kvprism.evaluate.rows import provenance
 from kvprism.integrations.hf import capture
-from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan
+from kvprism.planning import DEFAULT_OPTIONS, PlanOptions, plan, plan_shape, smallest_nbytes
 from kvprism.profiles import LayerSetting, ProbeRecord, Profile, Verdict
 from kvprism.routes import ranges_of
 from kvprism.tensors import KeyConditioning, LayerView, RequestKV
@@ -101,7 +102,8 @@ class ProbeReport(Evidence, frozen=True, kw_only=True):
     """What the probe found and what follows from it.
 
     context: tokens, fewer than the `context_wanted` where the model has no more positions; verdict:
-    the strictest setting of any layer.
+    the strictest setting of any layer; keeps_all_from: where layers are without INT4, the least
+    budget in whole percent of 16 bits at which the recommended policy drops no token.
     """
 
     model: str
@@ -113,6 +115,7 @@ class ProbeReport(Evidence, frozen=True, kw_only=True):
     verdict: LayerSetting | Literal["inconclusive"]
     policy: str
     recommended: str
+    keeps_all_from: float | None
     reason: str
     commit: str
     versions: dict[str, str]
@@ -310,10 +313,21 @@ def _report(bench: _Bench, seed: int, context: int, found: Evidence) -> ProbeRep
         verdict=strictest if found.conclusive else "inconclusive",
         policy=policy,
         recommended=f"{policy} ({ranges_of(found.settings)})",
+        keeps_all_from=_keeps_all_from(bench.following(found.settings), policy),
         reason=_reason(found),
         commit=made_by.commit,
         versions=made_by.versions,
     )
+
+
+def _keeps_all_from(bench: _Bench, policy: str) -> float | None:
+    record, shape = bench.profile.probe, bench.runs[0].kv.shape()
+    if record is None or "no-int4" not in record.settings:
+        return None
+    least = smallest_nbytes(shape, policy, profile=bench.profile) / shape.reference_nbytes
+    budgets = (whole / 100 for whole in range(ceil(100 * least), 100))
+    plans = ((b, plan_shape(shape, policy, b, profile=bench.profile)) for b in budgets)
+    return next(b for b, dry in plans if not dry.histogram()["drop"])
 
 
 _ORDER: list[LayerSetting] = ["plain", "conditioned", "no-int4"]
