@@ -16,6 +16,7 @@ SECTIONS = {
         "gates-deep": lambda: models.gates("tiny-deep"),
         "gates-llama31": lambda: models.gates("tiny-llama31"),
         "gates-qwen3": lambda: models.gates("tiny-qwen3"),
+        "gates-gemma2": lambda: models.gates("tiny-gemma2"),
     },
     "docs/speed.md": {
         "ttft-machine": lambda: speed.measured_on("ttft"),

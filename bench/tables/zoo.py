@@ -23,6 +23,7 @@ ORDER = (
     "tiny",
     "tiny-llama31",
     "tiny-qwen3",
+    "tiny-gemma2",
     "tiny-mistral",
     "tiny-qwen2",
     "tiny-qwen2-fragile",

@@ -57,11 +57,11 @@ def test_the_installed_distribution_is_found(monkeypatch):
 def test_the_distribution_holds_a_complete_checkpoint(monkeypatch):
     monkeypatch.syspath_prepend(str(SOURCE))
     package = importlib.import_module("kvprism_tiny")
-    assert package.names() == ["tiny", "tiny-deep", "tiny-llama31", "tiny-qwen3"]
+    assert package.names() == ["tiny", "tiny-deep", "tiny-gemma2", "tiny-llama31", "tiny-qwen3"]
     whole = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     for name in package.names():
         assert {file.name for file in package.path(name).iterdir()} >= whole
-    with pytest.raises(ValueError, match="known: tiny, tiny-deep, tiny-llama31, tiny-qwen3"):
+    with pytest.raises(ValueError, match="known: tiny, tiny-deep, tiny-gemma2, tiny-llama31, tiny-qwen3"):
         package.path("huge")
 
 
