@@ -18,7 +18,7 @@ from bench.tables.cells import (
 )
 
 ZOO = ROOT / "bench" / "zoo"
-# As in docs/zoo.md; a seed of `mixed` follows its name.
+# What `scripts/zoo` measures, as in docs/zoo.md; other seeds of `mixed` follow.
 ORDER = (
     "tiny",
     "tiny-llama31",
@@ -30,6 +30,8 @@ ORDER = (
     "tiny-qwen2-bias",
     "tiny-qwen2-bias-300",
     "tiny-qwen2-spiky",
+    "tiny-qwen2-mixed-0",
+    "tiny-qwen2-mixed-1",
 )
 # At one size, about 0.308 of 16 bits; a code takes its own.
 SIZE = "floor+0.04"

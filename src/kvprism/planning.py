@@ -341,20 +341,16 @@ def _without_int4(
     problems: Sequence[TokenProblem], shape: KVShape, code: Code, paced: bool
 ) -> list[TokenProblem]:
     """One problem per layer: that of its token range, on the 2-tier curve where INT4 is off."""
-    off = [layer.layer_id in code.no_int4 for layer in shape.layers]
-    paced = paced and not all(off)
-    families = {
-        True: INT8_FIRST if paced else TWO_TIER,
-        False: INT4_WAITS if paced else problems[0].family,
-    }
-    problem_of = {
-        (tokens, strict): replace(problem, family=family)
-        for tokens, problem in zip(shape.token_ranges, problems, strict=True)
-        for strict, family in families.items()
-    }
+    on, off = problems[0].family, TWO_TIER
+    if paced and len(code.no_int4) < len(shape.layers):
+        on, off = INT4_WAITS, INT8_FIRST
+    plain, strict = (
+        {t: replace(p, family=its) for t, p in zip(shape.token_ranges, problems, strict=True)}
+        for its in (on, off)
+    )
     return [
-        problem_of[layer.token_range, strict]
-        for layer, strict in zip(shape.layers, off, strict=True)
+        (strict if layer.layer_id in code.no_int4 else plain)[layer.token_range]
+        for layer in shape.layers
     ]
 
 

@@ -94,12 +94,12 @@ def two_tier(b: float, n: int) -> TierCounts:
 
 def int8_first(b: float, n: int) -> TierCounts:
     """2-tier beside `int4_waits`: it takes more of their budget first, until it drops nothing."""
-    return two_tier(min(2 * b - 0.25, 0.5) if b <= 0.5 else b, n)
+    return two_tier(max(b, min(2 * b - 0.25, 0.5)), n)
 
 
 def int4_waits(b: float, n: int) -> TierCounts:
     """Greedy beside `int8_first`: all INT4 while that has tokens left to keep."""
-    return greedy(max(0.25, 2 * b - 0.5) if b <= 0.5 else b, n)
+    return greedy(min(b, max(0.25, 2 * b - 0.5)), n)
 
 
 def native_or_drop(b: float, n: int) -> TierCounts:

@@ -15,6 +15,7 @@ Where the model itself misses a needle at 16 bits the needles confirm nothing: `
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import ceil
 from typing import Literal
 
@@ -313,20 +314,20 @@ def _report(bench: _Bench, seed: int, context: int, found: Evidence) -> ProbeRep
         verdict=strictest if found.conclusive else "inconclusive",
         policy=policy,
         recommended=f"{policy} ({ranges_of(found.settings)})",
-        keeps_all_from=_keeps_all_from(bench.following(found.settings), policy),
+        keeps_all_from=_keeps_all_from(bench, policy, found.settings),
         reason=_reason(found),
         commit=made_by.commit,
         versions=made_by.versions,
     )
 
 
-def _keeps_all_from(bench: _Bench, policy: str) -> float | None:
-    record, shape = bench.profile.probe, bench.runs[0].kv.shape()
-    if record is None or "no-int4" not in record.settings:
+def _keeps_all_from(bench: _Bench, policy: str, settings: Sequence[LayerSetting]) -> float | None:
+    if "no-int4" not in settings:
         return None
-    least = smallest_nbytes(shape, policy, profile=bench.profile) / shape.reference_nbytes
-    budgets = (whole / 100 for whole in range(ceil(100 * least), 100))
-    plans = ((b, plan_shape(shape, policy, b, profile=bench.profile)) for b in budgets)
+    profile, shape = bench.following(settings).profile, bench.runs[0].kv.shape()
+    least = smallest_nbytes(shape, policy, profile=profile) / shape.reference_nbytes
+    budgets = (whole / 100 for whole in count(ceil(100 * least)))
+    plans = ((b, plan_shape(shape, policy, b, profile=profile)) for b in budgets)
     return next(b for b, dry in plans if not dry.histogram()["drop"])
 
 
